@@ -246,6 +246,14 @@ def test_strengths_wait_until_votes_link_all_models():
     assert strengths(linked, "xyzw").keys() == set("xyzw")
 
 
+def test_strengths_on_too_few_prompts_leave_everything_open():
+    """Also where the votes leave no error at all: on each prompt everyone ties."""
+    pairs = ("xy", "yz", "xz")
+    votes = [Judgement("a", f"p{n}", "overall", *pair, "tie") for n in range(2) for pair in pairs]
+    for found in strengths(votes, "xyz").values():
+        assert (found.low, found.high) == (-np.inf, np.inf)
+
+
 def test_quantiles_of_student_and_of_a_fair_coin():
     for freedom, exact in ((4, 2.77645), (9, 2.26216), (29, 2.04523)):
         assert student(0.975, freedom) == pytest.approx(exact, rel=2e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvpo.app.arena import open_study, report
-from kvpo.arena.store import Study
+from kvpo.arena.store import Study, Vote
 from kvpo.report.video import write_video
 from tests.arena.serving import child_server, served
 from tests.headless_chromium import chromium, find_chromium
@@ -47,6 +47,13 @@ def press(page, *keys: str) -> None:
         page.run(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: {key!r}, cancelable: true}}))")
 
 
+def type_key(page, key: str, code: int, text: str = "", *, held: bool = False) -> None:
+    """Press a real key, which acts on what has the focus; ``held``: it repeats, as if never let go."""
+    values = {"key": key, "windowsVirtualKeyCode": code}
+    page.call("Input.dispatchKeyEvent", type="keyDown", text=text, autoRepeat=held, **values)
+    page.call("Input.dispatchKeyEvent", type="keyUp", **values)
+
+
 def brightness(page, place: int) -> float:
     """Mean grey of what a video shows."""
     return page.run(
@@ -80,6 +87,8 @@ def test_a_study_of_twenty_pairs_is_voted_by_keyboard_and_reported(browser, fold
         press(browser, "?")
         for done in range(23):
             at_ballot(browser, done)
+            lines = "[...document.querySelectorAll('.prompts li')].map((line) => line.dir)"
+            assert set(browser.run(lines)) == {"auto"}, "a prompt in Arabic runs from the right"
             lights = [brightness(browser, place) for place in (0, 1)]
             difference = lights[1] - lights[0]
             key = "ArrowDown" if abs(difference) < 25 else "ArrowRight" if difference > 0 else "ArrowLeft"
@@ -141,6 +150,68 @@ def test_videos_play_in_step_and_stop_frame_by_frame(browser, folders, tmp_path)
         browser.wait_for(f"Math.max(...{times}) < 1.2 && !document.querySelector('.shot video').paused")
         browser.run("document.querySelectorAll('.shot video')[1].currentTime = 2.5")
         browser.wait_for(f"(([a, b]) => Math.abs(a - b) < 0.1)({times})")
+
+
+def test_controls_that_tab_reaches_keep_their_own_keys(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study")
+    token = study.invite("ann")
+    rater = study.rater_of(token)
+    with served(study) as url:
+        browser.open(f"{url}/?tab#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        answers = "[...document.querySelectorAll('.answers button')]"
+        for question in range(5):
+            browser.run(f"{answers}[{4 * question + 2}].focus()")
+            type_key(browser, " ", 32, " ") if question % 2 else type_key(browser, "Enter", 13, "\r")
+        assert set(browser.run("Object.values(state.answers)")) == {"right"}
+        browser.run("setPlaying(false); state.answers = {}; mark(); document.getElementById('scrub').focus()")
+        type_key(browser, "ArrowRight", 39)
+        assert browser.run("state.answers") == {}, "an arrow moves the slider that has the focus"
+        browser.run("document.activeElement.blur()")
+        press(browser, *["ArrowLeft"] * 5, "Enter")
+        at_ballot(browser, 1)
+        press(browser, *["ArrowLeft"] * 5)
+        browser.run("document.getElementById('undo').focus()")
+        type_key(browser, "Enter", 13, "\r")
+        at_ballot(browser, 0)
+        assert study.done(rater) == 0, "Enter on Undo takes back, and does not vote"
+        browser.run(f"{answers}[0].focus()")
+        browser.run("document.dispatchEvent(new MouseEvent('click', {detail: 1, bubbles: true}))")
+        press(browser, *["ArrowDown"] * 5, "Enter")
+        at_ballot(browser, 1)
+        assert study.done(rater) == 1, "after a click the keys are the page's again"
+
+
+def test_a_held_key_and_a_double_click_act_once(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "pairs")
+    with served(study) as url:
+        browser.open(f"{url}/?held#{study.invite('ann')}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        for held in (False, True, True):
+            type_key(browser, "ArrowLeft", 37, held=held)
+        assert browser.run("Object.keys(state.answers).length") == 1, "one question, not all of them"
+    ranked = open_study(folders, tmp_path / "ranked", ranked=True)
+    token = ranked.invite("ann")
+    rater = ranked.rater_of(token)
+    with served(ranked) as url:
+        browser.open(f"{url}/?held#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        type_key(browser, "Enter", 13, "\r")
+        at_ballot(browser, 1)
+        type_key(browser, "Enter", 13, "\r", held=True)
+        browser.run("document.getElementById('next').focus()")
+        type_key(browser, "Enter", 13, "\r", held=True)
+        for button in ("next", "undo"):
+            second = "new MouseEvent('click', {detail: 2})"
+            browser.run(f"document.getElementById('{button}').dispatchEvent({second})")
+            time.sleep(0.2)
+            assert ranked.done(rater) == 1, "one vote, and it is not taken back"
 
 
 def test_the_page_fits_a_phone_and_says_what_a_wrong_link_lacks(browser, folders, tmp_path):
@@ -234,6 +305,44 @@ def test_a_vote_that_the_server_did_not_take_says_so_and_is_sent_again(browser, 
         press(browser, *["ArrowLeft"] * 5, "Enter")
         browser.wait_for("document.getElementById('detail').textContent.includes('you gave are stored')")
     assert study.done(study.rater_of(token)) == 2
+
+
+def test_an_undo_without_a_connection_says_so(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study", pairs=1)
+    token = study.invite("ann")
+    gone = "window.fetched = window.fetch; window.fetch = () => Promise.reject(new TypeError('gone'))"
+    with served(study) as url:
+        browser.open(f"{url}/?undo#{token}")
+        browser.wait_for("!document.getElementById('welcome').hidden")
+        browser.run("document.getElementById('begin').click()")
+        at_ballot(browser, 0)
+        press(browser, *["ArrowLeft"] * 5, "Enter")
+        browser.wait_for("document.getElementById('headline').textContent.includes('last one')")
+        browser.run(gone)
+        browser.run("document.getElementById('undo-last').click()")
+        browser.wait_for("document.getElementById('detail').textContent.includes('nothing was taken back')")
+        browser.run("window.fetch = window.fetched")
+        browser.run("document.getElementById('undo-last').click()")
+        at_ballot(browser, 0)
+        browser.run(f"{gone}; state.session.done = 1; undo()")
+        browser.wait_for("document.getElementById('note').textContent.includes('nothing was taken back')")
+    assert study.done(study.rater_of(token)) == 0
+
+
+def test_clips_of_a_report_wait_where_motion_is_unwelcome(browser, folders, tmp_path):
+    study = open_study(folders, tmp_path / "study", pairs=1)
+    rater = study.rater_of(study.invite("ann"))
+    study.vote(rater, Vote(0, dict.fromkeys([one.name for one in study.design.asked], "left"), (), 900, True))
+    page, _ = report(study.directory, close=True)
+    videos = "[...document.querySelectorAll('.decided video')]"
+    for motion, playing in (("reduce", False), ("no-preference", True)):
+        feature = {"name": "prefers-reduced-motion", "value": motion}
+        browser.call("Emulation.setEmulatedMedia", features=[feature])
+        browser.open(page.as_uri())
+        browser.run(f"{videos}[0].scrollIntoView({{behavior: 'instant'}})")
+        browser.wait_for(f"{videos}.every((v) => v.readyState >= 2)")
+        time.sleep(0.3)
+        assert browser.run(f"{videos}.map((v) => [!v.paused, v.controls])") == [[playing, not playing]] * 2
 
 
 def test_kills_between_votes_on_the_page_lose_none(browser, folders, tmp_path):

@@ -1,5 +1,7 @@
 """The live page in a real headless Chromium, with the real server behind it."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,14 @@ def say(page, prompt: str) -> None:
         "document.getElementById('prompt').dispatchEvent("
         "new KeyboardEvent('keydown', {key: 'Enter', cancelable: true}))"
     )
+
+
+def wait_until(condition) -> None:
+    """Poll until ``condition()`` is true."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def press(page, key: str) -> None:
@@ -109,6 +119,9 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         browser.wait_for("document.querySelectorAll('.frame.pinned').length === 1")
         assert len(show.session.pins) == 1
 
+        times = browser.run("shownFrames")
+        assert len(times) == len(set(times)), "a frame counts once, however many arms show it"
+
         press(browser, "f")
         browser.wait_for("document.querySelectorAll('.branch').length === 6")
         assert show.session.fork is not None
@@ -118,6 +131,10 @@ def test_a_stream_is_directed_on_the_page(browser, tmp_path):
         browser.wait_for(f"[...frames.keys()].at(-1) > {show.session.start}")
         press(browser, " ")
         browser.wait_for("document.body.classList.contains('paused')")
+        held = "new KeyboardEvent('keydown', {key: ' ', repeat: true, bubbles: true})"
+        browser.run(f"for (let n = 0; n < 3; n++) document.body.dispatchEvent({held})")
+        time.sleep(0.2)
+        assert show.paused, "a key that is held acts once"
         shown = colour(browser, "aligned")
         assert colour(browser, "base") == shown, "one script, one model"
         compare_with(browser, show.session, shown)
@@ -147,4 +164,60 @@ def test_a_story_on_a_phone(browser, tmp_path):
         browser.run("chosen.clear(); fork()")
         browser.wait_for("document.querySelectorAll('.branch').length === 6")
         assert browser.run("document.getElementById('branches').scrollWidth") <= 390
+        press(browser, "1")
+        say(browser, "\u0645\u0631\u0628\u0639 \u0623\u062d\u0645\u0631 (1)!")
+        browser.wait_for("document.getElementById('caption').textContent.endsWith('!')")
+        found = "['caption', 'prompt'].map((id) => getComputedStyle(document.getElementById(id)).direction)"
+        assert browser.run(found) == ["rtl", "rtl"], "Arabic runs from the right"
         assert not browser.errors
+
+
+def test_prompts_in_the_queue_follow_whatever_began_the_session(browser, tmp_path):
+    with serving(tmp_path, theatre=theatre(tmp_path)) as served:
+        browser.errors.clear()
+        browser.resize(1280, 900)
+        browser.open(served.url)
+        browser.wait_for("document.getElementById('prompt').value === 'once upon a time'")
+        browser.run("document.getElementById('prompt').value = 'the end'")
+        browser.run("document.getElementById('enqueue').click()")
+        say(browser, "a red square")
+
+        def lined_up() -> list[str]:
+            return [cue.prompt for show in served.scheduler.shows.values() for cue in show.session.queue]
+
+        def own_session():
+            return next((show.session for show in served.scheduler.shows.values()), None)
+
+        before = None
+        show_base = "$('arms').value = 'base'; $('arms').onchange()"
+        for again in ("1", "document.getElementById('reset').click()", show_base):
+            browser.run(f"{again}; 0")
+            wait_until(lambda own=before: own_session() is not own and lined_up() == ["the end"])
+            assert browser.run("queue.map((one) => one.prompt)") == ["the end"]
+            before = own_session()
+        browser.run("document.getElementById('snapshot').click()")
+        browser.wait_for("document.querySelector('#saved a') !== null")
+        browser.run("queue = []; listQueue(true); document.querySelector('#saved a').click()")
+        wait_until(lambda: own_session() is not before and lined_up() == ["the end"])
+        assert browser.run("queue.map((one) => one.prompt)") == ["the end"] and not browser.errors
+
+
+def test_a_lost_connection_closes_the_fork_and_the_page_starts_again(browser, tmp_path):
+    with serving(tmp_path, theatre=theatre(tmp_path)) as served:
+        browser.errors.clear()
+        browser.resize(1280, 900)
+        browser.open(served.url)
+        browser.wait_for("document.getElementById('state').textContent === 'ready'")
+        say(browser, "a red square")
+        browser.wait_for("document.querySelectorAll('.frame').length >= 12")
+        press(browser, "f")
+        browser.wait_for("document.querySelectorAll('.branch').length === 6")
+        browser.run("socket.close()")
+        browser.wait_for("document.getElementById('state').textContent === 'disconnected'")
+        assert browser.run("document.getElementById('branches').open") is False
+        say(browser, "a blue square")  # too early
+        assert "no connection" in browser.run("document.getElementById('toast').textContent")
+        browser.wait_for("document.getElementById('state').textContent === 'ready'")
+        say(browser, "a blue square")
+        browser.wait_for("document.getElementById('caption').textContent === 'a blue square'")
+        assert browser.run("document.getElementById('state').textContent") == "live" and not browser.errors

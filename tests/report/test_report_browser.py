@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from edits import HOSTILE, copy_of, edit_json, enlarge, lines_of
+from edits import HOSTILE, copy_of, edit_json, edit_metrics, enlarge, lines_of
 from safetensors.numpy import load_file
 
 from kvpo.report.formatting import compact
@@ -82,6 +82,8 @@ def test_nothing_is_requested_and_hostile_prompts_do_not_run(page):
     assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
     assert page.run("document.title") == "finished \u00b7 kvpo \u00b7 kvpo report"
     assert page.run("document.querySelectorAll('script').length") == 2
+    prompts = "[...document.querySelectorAll('.captions p, #gallery-cards h3')].map((line) => line.dir)"
+    assert set(page.run(prompts)) == {"auto"}, "a prompt in Arabic runs from the right"
 
 
 def test_canvases_show_the_saved_frames_to_the_bit(page, finished_run):
@@ -138,6 +140,18 @@ def test_playing_moves_time_and_pausing_stops_it(page):
     time.sleep(0.2)
     assert page.run("Number(document.getElementById('scrub').value)") == stopped
     assert page.run("getComputedStyle(document.querySelector('.transport')).visibility") == "visible"
+
+
+def test_space_scrolls_where_no_video_is_in_sight(page):
+    pressed = "new KeyboardEvent('keydown', {key: ' ', bubbles: true, cancelable: true})"
+    playing = "document.getElementById('play').classList.contains('playing')"
+    for place, taken in (("reproduce", False), ("videos", True)):
+        page.run(f"document.getElementById('{place}').scrollIntoView({{behavior: 'instant'}})")
+        page.wait_for(
+            f"document.querySelector('.transport').classList.contains('away') !== {str(taken).lower()}"
+        )
+        assert page.run(f"document.body.dispatchEvent({pressed})") is not taken
+        assert page.run(playing) is taken
 
 
 def test_branches_sort_with_the_anchor_first_and_tabs_switch(page):
@@ -200,6 +214,22 @@ def test_the_page_fits_and_follows_the_colour_scheme(page, tmp_path, width, phon
     assert (red < 60) == dark
     page.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("width", [768, 390])
+def test_long_words_and_numbers_stay_inside_their_cards(browser, finished_run, tmp_path, width):
+    run = copy_of(finished_run, tmp_path / "words")
+    long = "Donaudampfschifffahrtsgesellschaft" * 4
+    edit_json(run / "branches" / "branches.json", lambda b: [g.update(title=long) for g in b["groups"]] and b)
+    edit_metrics(run, lambda line: line.update(seconds=0.00125 + 1e-4 * line.get("update", 0)))
+    browser.resize(width, 800, phone=width < 700)
+    browser.open(write_report(run).as_uri())
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    beyond = """[...document.querySelectorAll('.small .y')].filter((label) =>
+        label.getBoundingClientRect().left < label.closest('.card').getBoundingClientRect().left)"""
+    assert browser.run(f"{beyond}.map((label) => label.textContent)") == []
+    heights = "[...document.querySelectorAll('#accuracy td')].map((td) => td.getBoundingClientRect().height)"
+    assert max(browser.run(heights)) < 40, "no share is broken before its per cent sign"
 
 
 def test_larger_videos_play_as_h264_in_step(browser, finished_run, tmp_path):

@@ -84,6 +84,8 @@ def test_line_chart_draws_gaps_lone_points_and_bands():
         float(v) for path in re.findall(r'd="([^"]*)"', chart) for v in re.findall(r"[\d.]+", path)
     ]
     assert all(-1e-6 <= value <= 100 + 1e-6 for value in coordinates)
+    short = line_chart([1, 2], [Series("x", [0.1, 0.2], "plain")], label="x")
+    assert re.findall(r'class="x"[^>]*>([^<]+)', short) == ["1", "2"], "there is no update 1.5"
     assert "no finite values" in line_chart([1, 2], [Series("x", [None, None], "plain")], label="x")
 
 

@@ -205,10 +205,11 @@ def strengths(judgements: Sequence[Judgement], models: Sequence[str]) -> dict[st
     if len(models) < 3 or not np.linalg.matrix_power(met, len(models)).all():
         return {}
     values, errors = bradley_terry(wins)
-    reach = student((1 + LEVEL) / 2, len(wins) - 1) if len(wins) >= INTERVAL_PROMPTS else inf
+    enough = len(wins) >= INTERVAL_PROMPTS
+    ends = student((1 + LEVEL) / 2, len(wins) - 1) * errors if enough else np.full_like(errors, inf)
     return {
-        model: Interval(float(value), float(value - reach * error), float(value + reach * error))
-        for model, value, error in zip(models, values, errors, strict=True)
+        model: Interval(float(value), float(value - end), float(value + end))
+        for model, value, end in zip(models, values, ends, strict=True)
     }
 
 

@@ -162,7 +162,7 @@ def _card(one: Decided, clips: list[str]) -> str:
     return (
         f"<article class='card'><header><h3>{ahead} : {behind} for {escape(one.winner)}</h3>"
         f"<span class='soft'>{same} neither</span></header><div class='duo'>{figures}</div>"
-        f"<p class='note'>{escape(one.prompt)}</p></article>"
+        f"<p class='note' dir='auto'>{escape(one.prompt)}</p></article>"
     )
 
 

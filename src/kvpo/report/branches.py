@@ -220,7 +220,8 @@ def _route_line(member: Entry, store: ClipStore, frames: int | None) -> str:
     ]
     slots += [
         f'<span class="slot donor">donor {frame}{times(count)}</span>'
-        f'<span class="soft donor-prompt" title="{escape(prompt)}">\u201c{escape(prompt)}\u201d</span>'
+        f'<span class="soft donor-prompt" dir="auto" title="{escape(prompt)}">'
+        f"\u201c{escape(prompt)}\u201d</span>"
         for (frame, prompt), count in sorted(donors.items())
     ]
     return f'<p class="route"><span class="soft">routed</span> {"".join(slots)}</p>'

@@ -130,6 +130,7 @@ def line_chart(
     x_labels = "".join(
         f'<span class="x" style="left:{100 * (v - left) / (right - left):.2f}%">{compact(v)}</span>'
         for v in ticks(left, right, 3)
+        if v % 1 == 0  # there is no update 1.5
     )
     data = {
         "x": list(x),

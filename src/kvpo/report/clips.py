@@ -122,7 +122,7 @@ def captions(entry: Entry, frames: int | None) -> str:
     """A track of the segments with a playhead, and all captions; the script shows the current one."""
     texts, switches = segments_of(entry)
     if not texts or not frames:
-        return "".join(f'<p class="caption-line">{escape(text)}</p>' for text in texts)
+        return "".join(f'<p class="caption-line" dir="auto">{escape(text)}</p>' for text in texts)
     edges = [0, *switches, frames]
     parts = "".join(
         f'<span class="part" style="flex:{max(0, end - start)}" title="frames {start} to {end - 1}">{i + 1}'
@@ -130,7 +130,8 @@ def captions(entry: Entry, frames: int | None) -> str:
         for i, (start, end) in enumerate(zip(edges, edges[1:], strict=False))
     )
     lines = "".join(
-        f'<p class="{"now" if i == 0 else ""}"><span class="ordinal">{i + 1}</span>{escape(text)}</p>'
+        f'<p class="{"now" if i == 0 else ""}" dir="auto"><span class="ordinal">{i + 1}</span>'
+        f"{escape(text)}</p>"
         for i, text in enumerate(texts)
     )
     return f'<div class="track">{parts}<i class="playhead"></i></div><div class="captions">{lines}</div>'

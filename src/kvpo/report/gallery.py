@@ -40,7 +40,7 @@ def _card(entry: Entry, store: ClipStore, position: int) -> str:
     )
     return (
         f'<article class="card film" {film_data(entry, frames)} data-order="{position}" '
-        f'data-gain="{gain if gain is not None else ""}"><header><h3>{escape(title)}</h3>'
+        f'data-gain="{gain if gain is not None else ""}"><header><h3 dir="auto">{escape(title)}</h3>'
         f'<span class="gain {tone_of(gain)}">{signed(gain)}</span></header><div class="duo">{sides}</div>'
         f"{captions(entry, frames)}{_components(entry)}</article>"
     )

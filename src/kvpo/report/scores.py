@@ -45,7 +45,7 @@ def _card(entry: ScoredVideo, link: str, columns: Sequence[str], video: bytes | 
     reasons = "".join(
         f'<p class="note">{escape(reward)}: {escape(reason)}</p>' for reward, reason in entry.problems.items()
     )
-    prompt = f'<p class="note">{escape(entry.prompt)}</p>' if entry.prompt else ""
+    prompt = f'<p class="note" dir="auto">{escape(entry.prompt)}</p>' if entry.prompt else ""
     return (
         f'<article class="card" data-order="{position}"{data}><header><h3>'
         f'<a href="{escape(quote(os.fsencode(link)))}">{escape(entry.name)}</a></h3></header>'

@@ -95,7 +95,7 @@ def accuracy(run: RunRecord) -> str:
     ]
     if not rows:
         return '<p class="missing">Only tests in the embedded world say what is right or wrong.</p>'
-    return table_card(("", "videos", "demands", "base", "aligned", "change"), rows) + (
+    return table_card(("", "videos", "demands", "base", "aligned", "change"), rows, "shares") + (
         '<p class="note">Each demand of a caption is met or not by what its segment most likely shows. An '
         "event counts as met if all that its caption says of it is: who returns, the scene come back to, the "
         "new colour, who stays.</p>"

@@ -85,7 +85,7 @@ async function present() {
 
 function draw(ballot) {
   at("prompts").replaceChildren(...ballot.prompts.map((text, n) =>
-    element("li", {}, ...(ballot.prompts.length > 1 ? [element("b", { textContent: n + 1 })] : []), text)));
+    element("li", { dir: "auto" }, ...(ballot.prompts.length > 1 ? [element("b", { textContent: n + 1 })] : []), text)));
   at("stage").classList.toggle("ranked", ballot.ranked);
   at("stage").style.setProperty("--columns", ballot.ranked && (ballot.videos === 3 || ballot.videos > 4) ? 3 : 2);
   const names = ballot.ranked ? ballot.sources.map((_, n) => `${n + 1}`) : ["Left", "Right"];
@@ -180,12 +180,17 @@ async function submit() {
 async function undo() {
   if (state.busy || state.session.done === 0) return;
   state.busy = true;
+  let taken = false;
   try {
     state.session.done = (await askJson("/undo", {})).done;
+    taken = true;
     await present();
     note("Taken back. Vote again.");
   } catch (error) {
-    note(error.message || "No connection.", true);
+    if (taken) return lost(error);
+    const said = error.status ? error.message : "No connection: nothing was taken back. Try again.";
+    if (at("ballot").hidden) at("detail").textContent = said;
+    else note(said, true);
   } finally {
     state.busy = false;
   }
@@ -276,9 +281,10 @@ at("back").addEventListener("click", () => step(-1));
 at("on").addEventListener("click", () => step(1));
 at("replay").addEventListener("click", replay);
 at("speed").addEventListener("click", nextSpeed);
-at("next").addEventListener("click", submit);
-at("undo").addEventListener("click", undo);
-at("undo-last").addEventListener("click", undo);
+// the second click of a double click would act on the next ballot
+for (const [id, act] of [["next", submit], ["undo", undo], ["undo-last", undo]]) {
+  at(id).addEventListener("click", (event) => { if (event.detail < 2) act(); });
+}
 at("begin").addEventListener("click", () => begin().catch(lost));
 at("help").addEventListener("click", toggleHelp);
 at("scrub").addEventListener("input", () => { setPlaying(false); seek(clock().duration * at("scrub").value / 1000); });
@@ -303,24 +309,30 @@ async function begin() {
   }
   await present();
 }
+// A click by pointer leaves the keys to the page; what Tab has reached keeps its own.
+document.addEventListener("click", (event) => { if (event.detail && document.activeElement) document.activeElement.blur(); });
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.session) return;
-  const key = event.key;
+  const key = event.key, focused = document.activeElement;
   if (key === "?") return toggleHelp();
   if (!at("message").hidden && key.toLowerCase() === "u") return undo();
   if (at("ballot").hidden) return;
+  const control = focused && focused.closest("button, input");
+  if (control === at("scrub") && key.startsWith("Arrow")) return;
+  if (control && !event.repeat && (key === "Enter" || key === " ")) return;
   const answer = ANSWERS.find(([, , name]) => name === key);
-  const shot = document.activeElement && document.activeElement.closest(".ranked .shot");
+  const shot = focused && focused.closest(".ranked .shot");
   const acts = { " ": () => setPlaying(!playing), r: replay, ",": () => step(-1), ".": () => step(1), s: nextSpeed, u: undo, Enter: submit };
+  let act = acts[key.length === 1 ? key.toLowerCase() : key];
   if (answer && state.ballot.ranked) {
-    if (!shot) return;
-    const shots = [...at("stage").children];
-    move(shot, shots.indexOf(shot) + (key === "ArrowLeft" || key === "ArrowUp" ? -1 : 1));
-    shot.focus();
-  } else if (answer && due() !== undefined) choose(due(), answer[0]);
-  else if (acts[key.length === 1 ? key.toLowerCase() : key]) acts[key.length === 1 ? key.toLowerCase() : key]();
-  else return;
+    act = shot && (() => {
+      move(shot, [...at("stage").children].indexOf(shot) + (key === "ArrowLeft" || key === "ArrowUp" ? -1 : 1));
+      shot.focus();
+    });
+  } else if (answer && due() !== undefined) act = () => choose(due(), answer[0]);
+  if (!act) return;
   event.preventDefault();
+  if (!event.repeat || key === "," || key === ".") act(); // a key that is held acts once
 });
 
 // ---- start

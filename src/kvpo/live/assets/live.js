@@ -21,7 +21,10 @@ function say(text) {
   say.timer = setTimeout(() => ($("toast").hidden = true), 5000);
 }
 function send(type, values = {}) {
-  if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type, ...values }));
+  const open = Boolean(socket) && socket.readyState === WebSocket.OPEN;
+  if (open) socket.send(JSON.stringify({ type, ...values }));
+  else say("There is no connection to the server.");
+  return open;
 }
 function state(text, on) {
   $("state").textContent = text;
@@ -70,7 +73,7 @@ function event(message) {
     case "session.route.accepted":
       return say(message.frames.length ? `back for ${message.blocks} blocks: ${message.frames.join(", ")}` : "back to the deployment context");
     case "session.pin.accepted": if (numbers) { numbers.pinned = message.pinned; mark(); } return;
-    case "session.reset.accepted": forget(0); playing = []; return;
+    case "session.reset.accepted": forget(0); playing = []; return listQueue(true);
     case "session.choose.accepted": forget(message.frame); playing = []; return;
     case "session.snapshot.accepted": return saved("Snapshot " + message.snapshot, null, message.snapshot);
     case "session.export.accepted": return saved(message.file, message.url);
@@ -88,9 +91,12 @@ function started(message) {
   remark(message.notice);
   $("send").textContent = "Switch at next block";
   state("live", true);
+  if (queue.length && queue[0].prompt === message.prompt) queue.shift();
+  if (queue.length) listQueue(true); // a new session knows nothing of it
 }
 function ended(reason) {
-  session = null; state(reason); $("send").textContent = "Start";
+  session = null; waitingForStart = false; branches = null; state(reason); $("send").textContent = "Start";
+  if ($("branches").open) $("branches").close();
   const next = pending; // another session takes its place
   pending = null;
   if (next) send("session.start", next);
@@ -103,8 +109,8 @@ function saved(text, url, snapshot) {
     link.href = withToken(url); link.download = text;
     line.append(link);
   } else {
-    const again = make("a", "continue it");
-    again.href = "#"; again.onclick = (e) => { e.preventDefault(); restore(snapshot); };
+    const again = make("a", "continue it"), then = [...queue];
+    again.href = "#"; again.onclick = (e) => { e.preventDefault(); queue = [...then]; listQueue(); restore(snapshot); };
     line.append(again);
   }
   line.hidden = false;
@@ -227,9 +233,10 @@ function fork() {
 async function openFork(header, pictures) {
   const grid = $("grid");
   grid.replaceChildren();
-  branches = { canvases: [], bitmaps: [], at: 0, frame: header.frame };
+  const own = branches = { canvases: [], bitmaps: [], at: 0, frame: header.frame };
   for (const [n, blobs] of pictures.entries()) {
     const bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
+    if (branches !== own) return; // the session has ended
     const button = make("button", undefined, "branch"); button.type = "button";
     const canvas = make("canvas"); canvas.width = bitmaps[0].width; canvas.height = bitmaps[0].height;
     canvas.style.setProperty("--ratio", bitmaps[0].width / bitmaps[0].height);
@@ -311,8 +318,9 @@ function tick(now) {
   const entry = playing[0];
   for (const [arm, bitmaps] of Object.entries(entry.bitmaps)) {
     const canvas = screens.get(arm);
-    if (canvas) { paint(canvas, bitmaps[entry.at]); shownFrames.push(now); }
+    if (canvas) paint(canvas, bitmaps[entry.at]);
   }
+  shownFrames.push(now);
   const { header } = entry;
   if (header.prompt !== lastCaption) {
     $("caption").textContent = lastCaption = header.prompt;
@@ -362,8 +370,7 @@ function show(one) {
   if (!one.prompt) return $("prompt").focus();
   if (session) return send("session.prompt_update", one);
   if (waitingForStart) return;
-  waitingForStart = true;
-  send("session.start", opening(one));
+  waitingForStart = send("session.start", opening(one));
 }
 function opening({ prompt, frames }) {
   return { prompt, frames, seed: Number($("seed").value) || 0, arms: $("arms").value, speed };
@@ -373,7 +380,9 @@ function listQueue(push) {
   $("queue").replaceChildren(...queue.map((one, n) => {
     const row = make("li");
     const lasts = one.frames ? `${one.frames} frames` : "∞", soft = one.transition_blocks ? `, blends over ${one.transition_blocks}` : "";
-    row.append(make("span", one.prompt), make("span", lasts + soft, "soft"));
+    const prompt = make("span", one.prompt);
+    prompt.dir = "auto";
+    row.append(prompt, make("span", lasts + soft, "soft"));
     const gone = make("button", "×", "quiet"); gone.setAttribute("aria-label", "remove"); gone.onclick = () => { queue.splice(n, 1); listQueue(true); };
     row.append(gone);
     return row;
@@ -381,12 +390,12 @@ function listQueue(push) {
   if (push && session) send("session.queue", { prompts: queue });
 }
 async function tell() {
-  const prompts = await story(1 + Math.floor(Math.random() * 1e6));
+  const prompts = await story(1 + Math.floor(Math.random() * 1e6)).catch(() => null);
+  if (!prompts) return say("There is no connection to the server.");
   $("prompt").value = prompts[0].prompt;
   show(prompts[0]);
   queue = prompts.slice(1);
-  const push = () => (session ? listQueue(true) : setTimeout(push, 60));
-  push();
+  listQueue(true);
 }
 $("form").onsubmit = (e) => { e.preventDefault(); show(cue()); };
 $("prompt").onkeydown = (e) => { if (e.key === "Enter" && !e.shiftKey) { e.preventDefault(); show(cue()); } };
@@ -411,7 +420,9 @@ document.onkeydown = (e) => {
   }
   if (e.target.matches("input, textarea, select") || e.metaKey || e.ctrlKey || e.altKey || branches) return;
   const act = { " ": () => $("pause").click(), s: tell, r: () => $("reset").click(), f: fork, b: route, p: pin, Escape: () => { chosen.clear(); selection(); } }[e.key];
-  if (act && !(e.key === " " && e.target.matches("button"))) { e.preventDefault(); act(); }
+  if (!act || (e.key === " " && e.target.matches("button"))) return;
+  e.preventDefault();
+  if (!e.repeat) act(); // a key that is held acts once
 };
 begin();
 requestAnimationFrame(tick);

@@ -138,6 +138,7 @@
     scrub.addEventListener("input", () => { setPlaying(false); seek((Number(scrub.value) / 1000) * longest); });
     speed.addEventListener("change", () => { clock.speed = Number(speed.value); });
     document.addEventListener("keydown", (event) => {
+      if (transport.classList.contains("away")) return; // no video in sight: the keys scroll
       if (event.target.closest("input, select, button, summary, a") || event.metaKey || event.ctrlKey || event.altKey) return;
       if (event.key === " ") { event.preventDefault(); setPlaying(!clock.playing); }
       const rate = screens[0].clip.rate;

@@ -12,9 +12,10 @@
   }
   column.addEventListener("change", sort);
   direction.addEventListener("change", sort);
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      if (entry.isIntersecting) entry.target.play().catch(() => {});
+      if (entry.isIntersecting && !still) entry.target.play().catch(() => {});
       else entry.target.pause();
     }
   });
