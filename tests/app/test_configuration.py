@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvpo.app.align import _demand_own
 from kvpo.app.configuration import (
     assign,
     flat,
@@ -22,7 +24,7 @@ from kvpo.app.presets import PRESETS
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.method.methods import METHODS
-from kvpo.models.geometry import GEOMETRIES
+from kvpo.models.geometry import GEOMETRIES, fields_of
 
 
 def message(call) -> str:
@@ -225,6 +227,20 @@ def test_a_resumed_run_keeps_its_settings(tmp_path: Path) -> None:
     said = message(lambda: resolve_resumed(saved, None, None, {"optim.lr": "1e-5"}))
     assert "optim.lr is 0.0003 there, 1e-05 here" in said
     assert "preset" in message(lambda: resolve_resumed(saved, "wan-14b", None, {}))
+
+
+def test_a_run_is_used_again_after_its_geometry_has_moved(tmp_path: Path) -> None:
+    before, now = tmp_path / "before.json", tmp_path / "now.json"
+    before.write_text(json.dumps(fields_of(PRESETS["longlive-1.3b"]().model)))
+    here = {"device": "cpu", "backbone.geometry": str(now)}
+    config = resolve("longlive-1.3b", None, here | {"backbone.geometry": str(before)})
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(_lists(asdict(config))))
+    before.rename(now)
+    moved = replace(config, backbone=replace(config.backbone, geometry=str(now)))
+    assert resolve_resumed(saved, None, None, here) == resolve_run(tmp_path, here) == moved
+    assert str(before) in message(lambda: resolve_run(tmp_path))
+    _demand_own(tmp_path, moved, resume=True)
 
 
 def _lists(value):

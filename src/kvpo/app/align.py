@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvpo.app.build import build_setup
-from kvpo.app.configuration import CHANGEABLE_ON_RESUME, PLACES_OF_A_RUN, demand_same_run, flat, resolve_saved
+from kvpo.app.configuration import CHANGEABLE_ON_RESUME, PLACES_OF_A_RUN, demand_same_run, flat, read_saved
 from kvpo.app.plan import say_what_is_needed
 from kvpo.app.provenance import keep_provenance
 from kvpo.app.report_data import measure_diversity, write_branches, write_gallery
@@ -182,7 +182,7 @@ def _demand_own(out: Path, config: Config, resume: bool) -> None:
     if not (resume and belongs_to_run(out)):
         return
     saved = out / "config.yaml"
-    demand_same_run(saved, resolve_saved(saved), config, CHANGEABLE_ON_RESUME)
+    demand_same_run(saved, read_saved(saved), config, CHANGEABLE_ON_RESUME)
     point, summary = latest_checkpoint(out / "checkpoints"), out / "summary.json"
     done = 0 if point is None else checkpoint_update(point)
     if summary.exists():

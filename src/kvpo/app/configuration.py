@@ -77,14 +77,18 @@ def resolve(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> 
 
     Without ``preset``, the file's preset applies, or ``demo`` if it names none. Raises ConfigurationError.
     """
+    config = _unchecked(preset, file, flags)
+    check(config)
+    return config
+
+
+def _unchecked(preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
     values = read_settings(file) if file is not None else {}
     given = parse_flags(flags)
     start = str(values.get("preset", "demo")) if preset is None else preset
     config = _start(start, given.get("method", values.get("method")))
     config = assign(config, {**values, "preset": config.preset})
-    config = assign(config, given)
-    check(config)
-    return config
+    return assign(config, given)
 
 
 def preset(name: str, changes: Mapping[str, Any] | None = None) -> Config:
@@ -120,6 +124,13 @@ def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config
 
     Raises ConfigurationError; also for an empty or truncated file, which a preset would silently complete.
     """
+    config = read_saved(saved, flags)
+    check(config)
+    return config
+
+
+def read_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config:
+    """As `resolve_saved`, but the settings are not checked, since the files that they name may have moved."""
     if not saved.is_file():
         raise ConfigurationError(
             f"{saved.parent} holds no run (no {saved.name}); give the directory that was given to "
@@ -133,7 +144,7 @@ def resolve_saved(saved: Path, flags: Mapping[str, str] | None = None) -> Config
             f"{saved} is not the whole configuration of a run: it lacks {' and '.join(sorted(missing))}; put "
             "the file back as the run wrote it"
         )
-    return resolve(None, saved, flags or {})
+    return _unchecked(None, saved, flags or {})
 
 
 def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: Mapping[str, str]) -> Config:
@@ -142,7 +153,7 @@ def resolve_resumed(saved: Path, preset: str | None, file: Path | None, flags: M
     Preset, file and flags may be given again, but must agree with it except in CHANGEABLE_ON_RESUME:
     anything else would be another run. Raises ConfigurationError naming what differs.
     """
-    before = resolve_saved(saved)
+    before = read_saved(saved)
     given = {
         **(read_settings(file) if file is not None else {}),
         **({} if preset is None else {"preset": preset}),
@@ -159,7 +170,7 @@ def resolve_run(run: Path, places: Mapping[str, Any] | None = None) -> Config:
     Raises ConfigurationError for a setting that is not in PLACES_OF_A_RUN.
     """
     saved = run / "config.yaml"
-    before = resolve_saved(saved)
+    before = read_saved(saved)
     after = assign(before, places or {})
     check(after)
     demand_same_run(saved, before, after, PLACES_OF_A_RUN)
