@@ -21,9 +21,10 @@ from torch import Tensor
 from kvpo.app import export as export_module
 from kvpo.app.build import build_setup
 from kvpo.app.cli import main
+from kvpo.app.configuration import preset
 from kvpo.app.export import export
 from kvpo.app.model_card import licence_of, model_card
-from kvpo.app.origin import recorded
+from kvpo.app.origin import record_of, recorded, warn_of_other_values
 from kvpo.app.sources.common import first_block
 from kvpo.app.sources.wan_parts import wan_weights
 from kvpo.config_checks import ConfigurationError
@@ -265,6 +266,21 @@ def test_the_card_says_what_it_is_how_it_loads_and_what_was_measured(
     (runs / "README.md").unlink()
     assert licence_of(runs / "base.pt") == "other"
     assert "license: other" in (export(run, tmp_path / "o", layout="comfy") / "README.md").read_text()
+
+
+def test_a_geometry_of_relative_positions_is_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No shape tells it from the preset's, so that only the record can."""
+    own = preset("longlive-1.3b", {"device": "cpu", "backbone.geometry": "1.3b-relative"})
+    record = record_of(own, "digest", tmp_path, "average") | {"base": "base.pt"}
+    save_file({}, tmp_path / "mine.safetensors", {"kvpo": json.dumps(record)})
+    warn_of_other_values(tmp_path / "mine.safetensors", own)
+    assert not caplog.text
+    warn_of_other_values(tmp_path / "mine.safetensors", preset("longlive-1.3b", {"device": "cpu"}))
+    assert "was made with backbone.geometry 1.3b-relative (here 1.3b)" in caplog.text
+    text = model_card("comfy", tmp_path / "mine", record, "apache-2.0", tmp_path)
+    assert " --backbone.geometry 1.3b-relative " in text
 
 
 def test_the_card_of_the_embedded_generator_names_no_command_that_is_refused(tmp_path: Path) -> None:

@@ -11,15 +11,21 @@ from typing import Any
 from kvpo import __version__
 from kvpo.config import Config
 from kvpo.files import parse_json
+from kvpo.models.geometry import GEOMETRIES, GEOMETRY_SETTING
 from kvpo.models.tensor_files import RECORD, fingerprint, read_tensor_file, safetensors_header
 
 logger = logging.getLogger(__name__)
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings by dotted path that affect what weights generate, in JSON types."""
+    """The settings by dotted path that affect what weights generate, in JSON types.
+
+    The geometry is among them if it has a name: the place of a file says nothing elsewhere.
+    """
+    name = config.backbone.geometry
+    geometry = {GEOMETRY_SETTING: name} if name in GEOMETRIES else {}
     stream = {f"stream.{name}": value for name, value in asdict(config.stream).items()}
-    values = {"preset": config.preset, **stream, "optim.autocast": config.optim.autocast}
+    values = {"preset": config.preset, **geometry, **stream, "optim.autocast": config.optim.autocast}
     return dict(json.loads(json.dumps(values)))
 
 

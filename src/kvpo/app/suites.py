@@ -36,6 +36,7 @@ from kvpo.files import (
     temporary_name,
     write_atomic,
 )
+from kvpo.models.geometry import GEOMETRY_SETTING
 from kvpo.progress import progress_bars
 from kvpo.prompt_files import examine, extended
 from kvpo.prompts import VideoPrompt
@@ -260,8 +261,8 @@ def generate_suite(
             asked = [VideoPrompt(v.noise, (v.text,), (), frames) for v in videos]
             backbone = load_backbone(config, asked)
             record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}
-            record["settings"] = settings_of(config)
-            del record["settings"]["stream.size"]  # folders begun before it was recorded have "size" alone
+            late = (GEOMETRY_SETTING, "stream.size")  # folders begun before these were recorded lack them
+            record["settings"] = {k: v for k, v in settings_of(config).items() if k not in late}
             arms = opened_arms(backbone, path, weights)
         held = stack.enter_context
         ranks.once("preparing the folder", lambda: (make_directory(out), held(claimed(out))))
