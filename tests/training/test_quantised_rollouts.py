@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kvpo.app import align, doctor
+from kvpo.app.configuration import assign
 from kvpo.app.sources import common
+from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.method.diagnostics import meanings
 from kvpo.method.evidence import no_credit
@@ -21,7 +25,7 @@ from kvpo.training.checks import (
     first_ratio_max_deviation,
     ratio_tolerance,
 )
-from kvpo.training.collection import explore, lessons_of, policy_gap
+from kvpo.training.collection import demand_small_gap, explore, lessons_of, policy_gap
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.trainer import Trainer
 from tests.tiny_world import tiny_config
@@ -114,6 +118,16 @@ def test_a_run_whose_rollouts_are_too_far_from_its_policy_is_refused(
     with pytest.raises(ValueError, match=f"^{message}"):
         trainer.step()
     assert equal(snapshot(trainer), before) and trainer.update == 0
+
+
+@pytest.mark.parametrize(("precision", "way_out"), [("int8", "same"), ("fp8", "same, or with int8, which")])
+def test_the_way_out_of_a_large_gap_is_not_the_precision_that_has_it(
+    precision: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "LARGEST_GAP", 0.1)
+    setup: Any = SimpleNamespace(config=assign(Config(), {"optim.rollout_precision": precision}))
+    with pytest.raises(ValueError, match=f"{precision} has .*: start again with {way_out}( rounds less)?$"):
+        demand_small_gap(setup, [{"rollout_gap": 0.2}])
 
 
 def test_the_identities_hold_but_for_what_the_rollout_rounds(tiny_base: Path) -> None:

@@ -186,9 +186,11 @@ def demand_small_gap(setup: Setup, found: Sequence[Metrics]) -> None:
     gaps = [metrics["rollout_gap"] for metrics in found if "rollout_gap" in metrics]
     gap = sum(gaps) / max(1, len(gaps))
     if not gap <= LARGEST_GAP:
+        precision = setup.config.optim.rollout_precision
+        finer = ", or with int8, which rounds less" if precision == "fp8" else ""
         raise ValueError(
-            f"optim.rollout_precision: {setup.config.optim.rollout_precision} has a policy gap of {gap:.2g}, "
-            f"more than {LARGEST_GAP:g}: start again with same, or with int8, which rounds less than fp8"
+            f"optim.rollout_precision: {precision} has a policy gap of {gap:.2g}, more than "
+            f"{LARGEST_GAP:g}: start again with same{finer}"
         )
 
 
