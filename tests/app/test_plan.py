@@ -172,6 +172,16 @@ def test_the_advice_is_flags_that_fit(capsys, tmp_path):
     assert numbers["fits"] and numbers["peak"]["bytes"] == found.plan.total(found.plan.peak)
 
 
+def test_no_lower_rank_is_advised_for_an_adapter_that_is_continued() -> None:
+    served = {"device": "cpu", "rewards.scorers": ["hpsv3@http://127.0.0.1:8787"]}
+    given = served | {"backbone.lora": "lora.pt"}
+    merged = given | {"backbone.lora_start": "merge"}
+    for changes, lowered in ((served, True), (given, False), (merged, True)):
+        config = preset("longlive-1.3b", changes)
+        found = advise(Planner(config, RATES), config, 24 * GB)
+        assert any("optim.lora_rank" in flag for flag in (found.flags if found else ())) is lowered
+
+
 def test_what_does_not_fit_at_all_says_so(capsys):
     assert main(["plan", "--preset", "wan-14b", "--gpu-memory", "8"]) == 0
     assert "does not fit 8.00 GB; move rewards to a reward server" in capsys.readouterr().out

@@ -123,11 +123,13 @@ def _changes(config: Config) -> Iterator[dict[str, object]]:
     ]
     yield from alike
     smaller: dict[str, object] = {}
+    # A continued adapter keeps its rank.
+    fresh = optim.lora_rank and not (config.backbone.lora and config.backbone.lora_start == "continue")
     for name, values in (
         ("backbone.vae_precision", ["bfloat16"]),
         ("optim.rollouts_per_refresh", [1]),
         ("optim.prompts_per_update", [4, 2, 1]),
-        ("optim.lora_rank", [128, 64, 32] if optim.lora_rank else []),
+        ("optim.lora_rank", [128, 64, 32] if fresh else []),
         ("exploration.resident_frames", [24, 21, 18, 15]),
     ):
         own = flat(asdict(config))[name]
