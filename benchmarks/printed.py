@@ -23,6 +23,7 @@ import public
 import quantised
 import scaling
 import seeds
+import storylines
 from measuring import spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +194,7 @@ TABLES: Mapping[str, Callable[[Any], str]] = {
     "loops": preference_loop.loops,
     "rolled": quantised.rolled,
     "runs": quantised.runs,
+    "storylines": lambda numbers: storylines.counted(numbers),
     "kills": lambda numbers: kills.counted(numbers, 2),
     "model": lambda numbers: scaling.model_table(numbers["model"]),
     "measured": lambda numbers: scaling.measured_table(numbers["measured"]),

@@ -66,6 +66,14 @@ def long_gains(numbers: Any) -> list[float]:
     return [value for aligned, base in both for value in over_streams(map(sub, aligned, base))]
 
 
+def returned(arms: Any) -> list[float]:
+    """How often the actor seen last comes back: kvpo's mean, least and most; base's; the best rival's."""
+    means = {arm: fmean(run["last"] for run in runs) for arm, runs in arms.items()}
+    own = [run["last"] for run in arms["kvpo"]]
+    rivals = max(mean for arm, mean in means.items() if arm != "kvpo")
+    return [means["kvpo"], min(own), max(own), means["base"], rivals]
+
+
 QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
     ("docs/world.md", "causality.json", "in {:.2f} of the branches routed to act 1, act 2's in {:.2f} of"):
         lambda n: [n["act1_when_routed_to_act1"], n["act2_when_routed_to_act2"]],
@@ -89,6 +97,10 @@ QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
         lambda n: list(n["prompts"].values()),
     (RESULTS, "methods-rehearsal.json", "(no p below {:.2f})"): lambda n: [n["least_p"]],
     (RESULTS, "preference.json", "right on {0:.0f} to {2:.0f} % of held-out pairs"): accuracies,
+    (RESULTS, "methods-story.json", "and chance (p = {:.3f} at most; with five seeds, no p can be below {:.3f})"):
+        lambda n: [max(own["long"]["p_against_kvpo"] or 0 for own in n["methods"].values()), n["least_p"]],
+    (RESULTS, "storylines.json", "of the stories ({1:.2f} to {2:.2f} by seed), {3:.2f} before and {4:.2f} at"):
+        lambda n: returned(n["arms"]),
     (RESULTS, "live.json", "give {:.0f} frames a second"): lambda n: [n["frames a second, all arms"]],
 }  # fmt: skip
 """(document, file of results, sentence) -> its numbers: prose that quotes what was measured."""
