@@ -97,9 +97,9 @@ QUOTES: dict[tuple[str, str, str], Callable[[Any], list[Any]]] = {
         lambda n: list(n["prompts"].values()),
     (RESULTS, "methods-rehearsal.json", "(no p below {:.2f})"): lambda n: [n["least_p"]],
     (RESULTS, "preference.json", "right on {0:.0f} to {2:.0f} % of held-out pairs"): accuracies,
-    (RESULTS, "methods-story.json", "and chance (p = {:.3f} at most; with five seeds, no p can be below {:.3f})"):
+    (RESULTS, "methods-story.json", "(p = {:.3f} at most; with five seeds, no p can be below {:.3f})"):
         lambda n: [max(own["long"]["p_against_kvpo"] or 0 for own in n["methods"].values()), n["least_p"]],
-    (RESULTS, "storylines.json", "of the stories ({1:.2f} to {2:.2f} by seed), {3:.2f} before and {4:.2f} at"):
+    (RESULTS, "storylines.json", "the stories ({1:.2f} to {2:.2f} by seed), {3:.2f} before and {4:.2f} at"):
         lambda n: returned(n["arms"]),
     (RESULTS, "live.json", "give {:.0f} frames a second"): lambda n: [n["frames a second, all arms"]],
 }  # fmt: skip
