@@ -67,7 +67,8 @@ def looks(video_BTCHW: Tensor) -> list[tuple[str, str]]:
 def shares(setup: Setup, prompts: Sequence[VideoPrompt]) -> dict[str, float]:
     """Who comes back in the current weights' videos, among those whose first acts show different actors.
 
-    ``last`` and ``first`` are the shares in which the actor of the second and of the first act does.
+    ``last`` and ``first`` are the shares in which the actor of the second and of the first act does (0 if no
+    video's first acts differ).
     ``broken`` is the share of all videos whose open act the detector is less sure of than of 99 % of clean
     renders.
     """
@@ -82,13 +83,13 @@ def shares(setup: Setup, prompts: Sequence[VideoPrompt]) -> dict[str, float]:
         back = looks(part(STARTS[2] + 3 * block, FRAMES))  # three blocks for the change
         broken = detect(part(STARTS[2] + 3 * block, FRAMES)).broken
     told = [n for n, (one, two) in enumerate(zip(*acts, strict=True)) if one != two]
-    of_act = [fmean(float(back[n] == act[n]) for n in told) for act in acts]
+    of_act = [sum(back[n] == act[n] for n in told) / max(1, len(told)) for act in acts]
     return {"last": of_act[1], "first": of_act[0], "broken": float(broken.float().mean())}
 
 
 def count(comparison: Path) -> dict[str, Any]:
     """`shares` of the base and, by arm, of every run of a comparison."""
-    runs = sorted((comparison / "runs").iterdir())
+    runs = sorted((comparison / "runs").glob("run-*"))  # not its trials
     config = resolve_run(runs[0])
     setup, prompts = build_setup(config), source_of(config).split(config)[2]["long"]
     found: dict[str, list[dict[str, float]]] = {}
