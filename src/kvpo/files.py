@@ -73,6 +73,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: Path, value: Any, *, indent: int = 1, **options: Any) -> None:
+    """Replace the file ``path`` with ``value`` as JSON; ``options`` are those of `json.dumps`.
+
+    Raises StorageError like `new_file`.
+    """
+    write_atomic(path, json.dumps(value, indent=indent, **options) + "\n")
+
+
 @contextmanager
 def whole_lines(path: Path) -> Iterator[None]:
     """Keep what the block appends to the file ``path`` only if the block ends without an error.

@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvpo.arena.result import Result, analyse
 from kvpo.arena.store import Study
 from kvpo.arena.study import Design, read_questions
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import write_atomic
+from kvpo.files import finite, write_json
 from kvpo.serving import listener, run_app, url_of
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def report(place: Path, *, effect: float = 0.1, close: bool = False) -> tuple[Pa
 
 def _written(result: Result, page: Path, videos: Mapping[str, Path]) -> Path:
     write_study_page(page, result, videos)
-    write_atomic(page.with_suffix(".json"), result.as_json())
+    write_json(page.with_suffix(".json"), finite(asdict(result)), ensure_ascii=False)
     return page
 
 

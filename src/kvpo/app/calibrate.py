@@ -1,6 +1,5 @@
 """Measures a reward's noise floor: how much it moves under changes that make no video better or worse."""
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from kvpo.app.named_rewards import named_rewards
 from kvpo.app.score import as_video
 from kvpo.app.video_folder import listed_videos
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import write_atomic
+from kvpo.files import write_json
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video, write_video
 from kvpo.rewards.cache import clip_digest
@@ -321,7 +320,7 @@ def calibrate(
         "seed": seed,
         "kvpo": __version__,
     }
-    write_atomic(out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(out, record, ensure_ascii=False)
     return found
 
 

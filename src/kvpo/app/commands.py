@@ -4,7 +4,6 @@ Imports only light modules at the top, so that ``--help`` does not wait for torc
 functions and an entry in COMMANDS.
 """
 
-import json
 import os
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from kvpo.app.arguments import (
 )
 from kvpo.app.configuration import parse_flags, path_argument
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import output_file, write_atomic
+from kvpo.files import output_file, write_json
 from kvpo.training.trackers import TRACKERS
 
 READ_BY_PRETRAINING = ("seed", "device", "threads", "backbone.kind", "backbone.geometry",
@@ -275,7 +274,7 @@ def _doctor(arguments: Namespace) -> int:
             print("\n".join(where + finding.line() for finding in shown))
         if file is not None:
             record = [[asdict(finding) for finding in own] for own in findings]
-            write_atomic(file, json.dumps(record, indent=1) + "\n")
+            write_json(file, record)
     return worst(findings)
 
 

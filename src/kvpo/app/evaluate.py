@@ -1,6 +1,5 @@
 """`kvpo evaluate`: compares base and aligned model of a run on test prompts and minutes-long streams."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from kvpo.app.sources.common import as_final
 from kvpo.app.taken import claimed
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import local_path, make_directory, new_file, output_file, remove_leftovers, write_atomic
+from kvpo.files import local_path, make_directory, new_file, output_file, remove_leftovers, write_json
 from kvpo.progress import counter, progress_bars
 from kvpo.report.drift import draw_drift
 from kvpo.report.headline import final_headline
@@ -131,8 +130,7 @@ def _evaluate(
         verdict = final_headline(numbers, asdict(config))
         numbers["verdict"] = verdict.text
         logger.warning("%s", verdict.text)
-        text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
-        ranks.once("writing the numbers", lambda: write_atomic(out, text))
+        ranks.once("writing the numbers", partial(write_json, out, numbers, indent=2, allow_nan=False))
     return numbers
 
 
@@ -215,7 +213,7 @@ def evaluate_drift(
             given = {"read_off": read_off and read_off(), "show": partial(show, f"{side} streams")}
             with (sides.base if side == "base" else sides.aligned)():
                 numbers[side] = drift_curves(setup.backbone, prompts, tape, setup.judges, span, **given)
-    write_atomic(run / "drift.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    write_json(run / "drift.json", numbers, allow_nan=False)
     with new_file(run / "drift.png") as picture:
         draw_drift(picture, numbers)
     return numbers

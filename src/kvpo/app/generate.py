@@ -41,6 +41,7 @@ from kvpo.files import (
     read_json,
     remove_leftovers,
     write_atomic,
+    write_json,
 )
 from kvpo.models.tensor_files import read_safetensors
 from kvpo.progress import progress_bars
@@ -257,8 +258,8 @@ def _prepare(
         return
     listed = out / "prompts.jsonl"
     write_atomic(listed, written(wanted, listed))
-    write_atomic(out / MANIFEST, json.dumps(dict(sorted(shows.items())), indent=1, ensure_ascii=False) + "\n")
-    write_atomic(out / PARTS / REQUEST, json.dumps(asked, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / MANIFEST, dict(sorted(shows.items())), ensure_ascii=False)
+    write_json(out / PARTS / REQUEST, asked, ensure_ascii=False)
 
 
 def _is_made(out: Path, names: Sequence[str], arms: int) -> bool:
@@ -276,7 +277,7 @@ def _join_parts(out: Path, names: Sequence[str], scored: Sequence[int]) -> None:
     """Join the latents of these videos in one file, and the scores of these prompts, and remove the parts."""
     if scored:
         scores = {str(prompt): read_json(_scores_file(out, prompt)) for prompt in scored}
-        write_atomic(out / "best-of.json", json.dumps(scores, indent=1) + "\n")
+        write_json(out / "best-of.json", scores)
     joined: dict[str, Tensor] = {}
     for name in names:
         joined |= read_safetensors(out / PARTS / f"{name}.safetensors")

@@ -21,7 +21,7 @@ from kvpo.arena.report import ends
 from kvpo.arena.store import Study
 from kvpo.arena.study import Scene
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import finite, write_atomic
+from kvpo.files import finite, write_json
 from kvpo.prompts import ClipPrompt
 from kvpo.report.video import read_video
 from kvpo.rewards.preference import Features, Task, fit, plackett_luce, save_preference, stacked
@@ -118,7 +118,7 @@ def learn_reward(
         )  # fmt: skip
     floor = _noise_floor(out, shown, seed, device)
     worth = Worth(**{**vars(worth), "noise_floor": floor})
-    write_atomic(out.with_suffix(".json"), json.dumps(finite(asdict(worth)), indent=1) + "\n")
+    write_json(out.with_suffix(".json"), finite(asdict(worth)))
     return worth
 
 

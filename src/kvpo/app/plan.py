@@ -1,6 +1,5 @@
 """`kvpo plan`: estimates what a run needs before anything is loaded, and finds settings that fit a device."""
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError, check
 from kvpo.engine.forks import plan_forks
 from kvpo.engine.pages import PlannedRollout
-from kvpo.files import write_atomic
+from kvpo.files import write_json
 from kvpo.method.methods import METHODS
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.phases import ONE_PROCESS, Plan, Rates, plan_run
@@ -210,7 +209,7 @@ def plan_command(
         numbers = plan_numbers(plan, memory, advice)
         if len(plans) > 1:
             numbers |= {"splits": [split_numbers(one, memory) for one in plans]}
-        write_atomic(out, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+        write_json(out, numbers, allow_nan=False)
 
 
 def say_what_is_needed(config: Config, ranks: int, *, anyway: bool) -> None:

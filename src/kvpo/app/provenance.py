@@ -18,7 +18,7 @@ from kvpo.app.named_rewards import PREFERENCE, split_location
 from kvpo.app.prompt_sets import prompt_file
 from kvpo.config import Config
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import read_bytes, read_json, write_atomic
+from kvpo.files import read_bytes, read_json, write_json
 from kvpo.models.geometry import fields_of
 from kvpo.prompt_files import prompt_record
 from kvpo.prompts import VideoPrompt
@@ -81,7 +81,7 @@ def keep_provenance(path: Path, config: Config) -> None:
         "prompts": prompts_of(config),
         "files": files_of(config),
     }
-    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
 
 
 def demand_same_prompts(run: Path, config: Config) -> None:

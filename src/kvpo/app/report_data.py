@@ -1,6 +1,5 @@
 """Data of a run's report beyond its metrics: before/after videos, branch groups, causality, diversity."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +26,7 @@ from kvpo.engine.generator import Codec, as_bytes, pixel_frame, pixels_of
 from kvpo.engine.noise import Tape, keyed_generator
 from kvpo.engine.rollout import Group
 from kvpo.engine.scoring import Scores, decode_members, score_group
-from kvpo.files import write_atomic
+from kvpo.files import write_atomic, write_json
 from kvpo.method.evidence import no_credit
 from kvpo.prompts import VideoPrompt
 from kvpo.report.headline import FEWEST_PROMPTS
@@ -376,4 +375,4 @@ def caption_at(prompt: VideoPrompt, frame: int, block: int) -> str:
 def _write(directory: Path, listing: str, entries: Any, archive: str, videos: dict[str, Tensor]) -> None:
     directory.mkdir(exist_ok=True)
     write_atomic(directory / archive, save(videos))
-    write_atomic(directory / listing, json.dumps(entries, indent=1) + "\n")
+    write_json(directory / listing, entries)

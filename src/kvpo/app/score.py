@@ -1,6 +1,5 @@
 """Scores a folder of videos: a table, a JSON file, and a page with the clips sorted by score."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kvpo.app.named_rewards import named_rewards, split_location
 from kvpo.app.video_folder import MANIFEST, listed_videos
-from kvpo.files import printable, write_atomic
+from kvpo.files import printable, write_json
 from kvpo.prompts import ClipPrompt
 from kvpo.report.scores import ScoredVideo, write_scores_page
 from kvpo.report.video import enlarge, video_bytes
@@ -128,7 +127,7 @@ def _previews(results: Sequence[ScoredVideo]) -> dict[str, bytes]:
 
 def _write_json(path: Path, results: Sequence[ScoredVideo]) -> None:
     rows = [{"file": r.name, "prompt": r.prompt, "scores": r.scores, "problems": r.problems} for r in results]
-    write_atomic(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, rows, ensure_ascii=False)
 
 
 def score_table(results: Sequence[ScoredVideo]) -> str:

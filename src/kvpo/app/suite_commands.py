@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kvpo.app.configuration import path_argument
 from kvpo.config_checks import ConfigurationError
-from kvpo.files import counted, output_file, write_atomic
+from kvpo.files import counted, output_file, write_json
 
 
 def suite_arguments(parser: ArgumentParser) -> None:
@@ -47,7 +47,6 @@ def _import(places: list[Path], out: Path | None) -> int:
     if len(places) != 2:
         raise ConfigurationError(f"suite import: takes BASE and ALIGNED, got {len(places)}")
     target = None if out is None else output_file(out, "--out")
-    import json
     from dataclasses import asdict
 
     from kvpo.app.suite_results import compared_results, result_lines
@@ -57,5 +56,5 @@ def _import(places: list[Path], out: Path | None) -> int:
     print("\n".join(result_lines(table)))
     if target is not None:
         numbers = {name: finite(asdict(one)) for name, one in table.items()}
-        write_atomic(target, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+        write_json(target, numbers, allow_nan=False)
     return 0

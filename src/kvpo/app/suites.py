@@ -5,7 +5,6 @@ user's copy.
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from kvpo.files import (
     remove_leftovers,
     storage_error,
     temporary_name,
-    write_atomic,
+    write_json,
 )
 from kvpo.models.geometry import GEOMETRY_SETTING
 from kvpo.progress import progress_bars
@@ -303,7 +302,7 @@ def _prepare(out: Path, arm: str, record: Mapping[str, Any], videos: Sequence[Su
             f"{out / arm} holds files, and no {manifest.name} is beside it; choose another --out"
         )
     else:
-        write_atomic(manifest, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_json(manifest, record, ensure_ascii=False)
 
 
 def _fill(

@@ -6,7 +6,6 @@ voted on which files.
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from kvpo.arena.judgements import NO_RATER, WINNERS, Judgement
 from kvpo.extras import extra
-from kvpo.files import read_bytes, read_json, read_text, write_atomic
+from kvpo.files import read_bytes, read_json, read_text, write_atomic, write_json
 
 COLUMNS = (
     "model_a", "model_b", "winner", "question", "prompt", "rater", "kind", "milliseconds",
@@ -48,7 +47,7 @@ def write_votes(path: Path, judgements: Sequence[Judgement]) -> None:
         parquet.write_table(arrow.Table.from_pylist(rows), buffer)
         write_atomic(path, buffer.getvalue())
     else:
-        write_atomic(path, json.dumps(_tasks(judgements), indent=1, ensure_ascii=False) + "\n")
+        write_json(path, _tasks(judgements), ensure_ascii=False)
 
 
 def read_votes(path: Path) -> list[Judgement]:

@@ -1,8 +1,7 @@
 """The complete analysis of a study's votes, as the page shows it and the JSON file holds it."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from kvpo.arena.analysis import (
@@ -18,7 +17,6 @@ from kvpo.arena.analysis import (
 )
 from kvpo.arena.judgements import Judgement, Ranking, as_judgements
 from kvpo.arena.study import QUESTIONS, Question
-from kvpo.files import finite
 
 MOST_CLIPS = 8
 """Most decided pairs per question."""
@@ -73,10 +71,6 @@ class Result:
     answers: int
     raters: tuple[Reliability, ...]
     questions: tuple[Answered, ...]
-
-    def as_json(self) -> str:
-        """The result as JSON; numbers that are not finite become null."""
-        return json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False) + "\n"
 
 
 def analyse(

@@ -20,6 +20,7 @@ from kvpo.files import (
     remove_leftovers,
     storage_error,
     write_atomic,
+    write_json,
 )
 from kvpo.training.checkpoint import checkpoint_update, saved_updates
 from kvpo.training.ranks import ALONE, Ranks
@@ -108,11 +109,11 @@ class RunDirectory:
 
     def write_meanings(self, meanings: Mapping[str, Mapping[str, str]]) -> None:
         """Write ``meanings.json`` in one step: heading -> metric -> the sentence that explains it."""
-        write_atomic(self.meanings, json.dumps(meanings, indent=1) + "\n")
+        write_json(self.meanings, meanings)
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write ``summary.json`` in one step; numbers must be finite (ValueError otherwise)."""
-        write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_json(self.summary, summary, indent=2, allow_nan=False)
 
     def _prepare(self) -> None:
         self.continued = belongs_to_run(self.path)
