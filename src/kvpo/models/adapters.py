@@ -30,13 +30,10 @@ TRAINED = "default"
 REFERENCE = "reference"
 
 
-def _linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Output and input width of every linear layer by name."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+def target_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that ``LORA_TARGETS`` names, with or without an adapter, by name."""
+    ends = tuple(f".{end}" for end in LORA_TARGETS)
+    return {name: cast(nn.Linear, one) for name, one in model.named_modules() if f".{name}".endswith(ends)}
 
 
 def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
@@ -44,11 +41,11 @@ def check_adapter(model: nn.Module, adapter: AdapterState) -> None:
 
     Raises ValueError naming layers that the model lacks, halves of another shape, NaN or infinity.
     """
-    shapes, halves = _linear_shapes(model), {}
+    layers, halves = dict(model.named_modules()), {}
     for module in adapter.modules:
-        if module in shapes:
-            (out_width, in_width), rank = shapes[module], adapter.pair(module)[0].shape[0]
-            halves[module] = (rank, in_width), (out_width, rank)
+        if isinstance(layer := layers.get(module), nn.Linear):
+            rank = adapter.pair(module)[0].shape[0]
+            halves[module] = (rank, layer.in_features), (layer.out_features, rank)
     check_tensors(adapter.tensors, in_peft_layout(halves), adapter.source)
     require_finite_weights(adapter.tensors, adapter.source)
 
@@ -97,11 +94,10 @@ def add_adapter(
     not affect the learning rate. The adapter is in float32, whatever the model's precision.
     """
     pairs = {}
-    for name, (out_width, in_width) in _linear_shapes(model).items():
-        if f".{name}".endswith(tuple(f".{end}" for end in LORA_TARGETS)):
-            bound = 1.0 / math.sqrt(in_width)
-            a = torch.empty(rank, in_width).uniform_(-bound, bound, generator=generator)
-            pairs[name] = a, torch.zeros(out_width, rank)
+    for name, layer in target_layers(model).items():
+        bound = 1.0 / math.sqrt(layer.in_features)
+        a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        pairs[name] = a, torch.zeros(layer.out_features, rank)
     fresh = AdapterState(in_peft_layout(pairs), rank, alpha or float(rank), "fresh adapter")
     _inject(model, fresh, TRAINED, torch.float32)
 

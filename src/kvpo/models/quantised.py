@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvpo.models.adapted_linear import AdaptedLinear
-from kvpo.models.adapters import LORA_TARGETS
+from kvpo.models.adapters import target_layers
 from kvpo.models.settings import WanShape, require
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -89,13 +89,12 @@ def check_rollouts(precision: str, device: torch.device | str, shape: WanShape) 
 def quantised_layers(model: nn.Module, precision: str) -> Iterator[None]:
     """Replace linear layers by ``QuantisedLinear`` inside the block, where no weight may change.
 
-    These are the layers that can have adapters (``LORA_TARGETS``); all others keep their precision.
+    These are the layers that can have adapters (``target_layers``); all others keep their precision.
     """
-    ends = tuple(f".{end}" for end in LORA_TARGETS)
-    layers = {name: layer for name, layer in model.named_modules() if f".{name}".endswith(ends)}
+    layers = target_layers(model)
     try:
         for name, layer in layers.items():
-            model.set_submodule(name, QuantisedLinear(cast(nn.Linear, layer), precision))
+            model.set_submodule(name, QuantisedLinear(layer, precision))
         yield
     finally:
         for name, layer in layers.items():

@@ -7,12 +7,10 @@ for its backward pass is linear in tokens and widths, with coefficients fitted t
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from kvpo.config import Config
 from kvpo.engine.generator import StreamingGenerator
 from kvpo.engine.pages import stream_pages
-from kvpo.models.adapters import LORA_TARGETS
+from kvpo.models.adapters import target_layers
 from kvpo.models.causal_wan import CausalWan
 from kvpo.plan.replays import Replays
 from kvpo.training.evaluation import ROWS
@@ -98,11 +96,7 @@ def parameters_of(config: Config, model: CausalWan, frozen_size: int) -> Paramet
     optim = config.optim
     count = sum(parameter.numel() for parameter in model.parameters())
     adapted = optim.lora_rank > 0
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{end}") for end in LORA_TARGETS)
-    ]
+    layers = target_layers(model).values()
     trained = count
     if adapted:
         trained = optim.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
