@@ -108,9 +108,9 @@ def export(
         if isinstance(part, AdapterState) and added.get("lost"):
             after, whose = first_block(host, rebuilt(part)), "the difference at this rank"
         record |= added
-        proof = _Proof(config, host, rebuilt, before, after, whose)
         card = model_card(layout, out, record, _licence(config.backbone.checkpoint), run)
-        _write(layout, out, part, config, record, card, partial(_finish, proof, layout, out, card))
+        proof = _Proof(layout, out, card, host, rebuilt, before, after, whose)
+        _write(layout, out, part, config, record, card, proof)
     if push:
         _push(out, push)
     return out
@@ -208,9 +208,11 @@ def _rebuilt(
 
 @dataclass(frozen=True)
 class _Proof:
-    """Checks that an export does what its run does."""
+    """Checks that a written export does what its run does, and adds the card if it is a directory."""
 
-    config: Config
+    layout: Layout
+    out: Path
+    card: str
     host: Config
     rebuilt: Callable[[Any], CausalWan]
     before: Tensor
@@ -220,29 +222,20 @@ class _Proof:
     whose: str
     """The model that generates ``after``, in words."""
 
-    def __call__(self, written: Path, layout: Layout) -> float:
-        """Load the written export and return how far its first block is from ``after``.
-
-        Raises ValueError if that is more than rounding.
-        """
-        load = load_adapter_state if layout in ADAPTERS else load_transformer_state
+    def __call__(self, written: Path) -> None:
+        """Load the written export. Raises ValueError if its first block is off ``after`` beyond rounding."""
+        load = load_adapter_state if self.layout in ADAPTERS else load_transformer_state
         found = first_block(self.host, self.rebuilt(load(written, quiet=True)))
         off = float((found - self.after).abs().max())
         moved, largest = float((self.after - self.before).abs().max()), float(self.after.abs().max())
         if not off <= OF_CHANGE * moved + OF_LATENTS * largest:
             raise ValueError(
-                f"--layout {layout}: loaded again, its first block is {off:.2g} off that of {self.whose}, "
-                f"which training moved by {moved:.2g}; nothing was exported. Please report this"
+                f"--layout {self.layout}: loaded again, its first block is {off:.2g} off that of "
+                f"{self.whose}, which training moved by {moved:.2g}; nothing was exported. Please report this"
             )
-        return off
-
-
-def _finish(proof: _Proof, layout: Layout, out: Path, card: str, written: Path) -> None:
-    """Check the written export, and add the card if it is a directory."""
-    off = proof(written, layout)
-    logger.info("%s: loaded again, its first block is that of %s to %.1g", out, proof.whose, off)
-    if layout != "pt":
-        write_atomic(written / CARD, card)
+        logger.info("%s: loaded again, its first block is that of %s to %.1g", self.out, self.whose, off)
+        if self.layout != "pt":
+            write_atomic(written / CARD, self.card)
 
 
 def _licence(base: str) -> str:
