@@ -306,7 +306,7 @@ def _prompts(
         chosen = [prompt for some in source_of(config).split(config)[2].values() for prompt in some[:UNASKED]]
     elif isinstance(given, str | Path):
         how = source_of(config).reading(config)
-        found = examine(prompt_file(config, given), **how).sound()
+        found = examine(prompt_file(given), **how).sound()
         if extended_texts is not None:
             found = extended(found, extended_texts, **how)
         chosen = list(found.prompts)

@@ -72,7 +72,7 @@ def with_extended_prompts(config: "Config", texts: Path, run: Path) -> "Config":
     if str(file) == config.prompts.file:
         raise ConfigurationError("--extended: the run has its prompts already; leave it out")
     how = source_of(config).reading(config)
-    short = examine(prompt_file(config, config.prompts.file), **how).sound()
+    short = examine(prompt_file(config.prompts.file), **how).sound()
     pairs = extended(short, texts, **how)
     text = written(pairs.prompts, file)
     there = file.is_file() and file.read_bytes() == text.encode()
@@ -100,7 +100,7 @@ def prompts(arguments: Namespace) -> int:
     found, problems = [], []
     for path in arguments.files:
         try:
-            found.append(examine(prompt_file(config, path), **how))
+            found.append(examine(prompt_file(path), **how))
             problems += found[-1].problems
         except ValueError as error:
             problems.append(str(error))

@@ -131,7 +131,7 @@ def updates_prompts(config: Config, training: Sequence[VideoPrompt]) -> FileProm
     return prompts
 
 
-def prompt_file(config: Config, location: Path | str) -> Path:
+def prompt_file(location: Path | str) -> Path:
     """Local path of a prompt file, given by path or hub id. Raises ValueError if it is neither."""
     local = local_path(location, "prompts")
     if local.exists():
@@ -164,7 +164,7 @@ def prompts_of_file(config: Config, reading: dict[str, Any]) -> list[VideoPrompt
 
     Raises ValueError for problems that `examine` finds, and for videos that begin with given frames.
     """
-    found = examine(prompt_file(config, config.prompts.file), **reading).sound()
+    found = examine(prompt_file(config.prompts.file), **reading).sound()
     for n, prompt in enumerate(found.prompts):
         if prompt.frames is not None:
             raise ValueError(

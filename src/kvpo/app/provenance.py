@@ -36,7 +36,7 @@ def prompts_of(config: Config) -> dict[str, Any]:
     training, validation, test = source_of(config).split(config)
     file = config.prompts.file
     return {
-        "sha256": hashlib.sha256(read_bytes(prompt_file(config, file))).hexdigest() if file else None,
+        "sha256": hashlib.sha256(read_bytes(prompt_file(file))).hexdigest() if file else None,
         "training": [prompt.id for prompt in training],
         "validation": {kind: [_written(prompt) for prompt in own] for kind, own in validation.items()},
         "test": {kind: [_written(prompt) for prompt in own] for kind, own in test.items()},
