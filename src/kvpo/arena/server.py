@@ -47,6 +47,7 @@ def arena_app(study: Study) -> FastAPI:
     app = FastAPI(title="kvpo arena", openapi_url=None)
     app.middleware("http")(_guarded)
     app.add_exception_handler(RequestValidationError, _unreadable)
+    app.add_exception_handler(VoteRefused, _refused)
 
     def rater(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
@@ -108,18 +109,12 @@ def _take_votes(app: FastAPI, study: Study, voter: Any) -> None:
     @app.post("/votes")
     def vote(sent: SentVote, who: voter) -> dict[str, int]:
         given = Vote(sent.position, sent.answers, tuple(sent.ranking), sent.milliseconds, sent.finished)
-        try:
-            study.vote(who, given)
-        except VoteRefused as error:
-            raise HTTPException(409, str(error)) from error
+        study.vote(who, given)
         return {"done": study.done(who)}
 
     @app.post("/undo")
     def undo(who: voter) -> dict[str, int]:
-        try:
-            study.undo(who)
-        except VoteRefused as error:
-            raise HTTPException(409, str(error)) from error
+        study.undo(who)
         return {"done": study.done(who)}
 
 
@@ -137,6 +132,10 @@ async def _unreadable(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])).encode("ascii", "backslashreplace").decode()[:90]
     return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 409)
 
 
 async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
