@@ -61,7 +61,7 @@ class Slow:
         shape = (SHAPE.num_layers, rows, frames, SHAPE.tokens_per_frame, SHAPE.num_heads, SHAPE.head_dim)
         return torch.zeros(shape), torch.zeros(shape)
 
-    def text_of(self, text: Tensor, text_rows: Tensor | None, rows: int) -> Tensor:
+    def text_of(self, text: Tensor, text_rows: Tensor | None) -> Tensor:
         return text
 
     def text_keys(self, text: Tensor, layer: int) -> Tensor:

@@ -31,7 +31,7 @@ class Transformer(Protocol):
         encode: bool = False,
     ) -> Any: ...
 
-    def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> Any: ...
+    def text_of(self, text_ULD: Tensor, text_rows: Tensor | None) -> Any: ...
 
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor: ...
 
@@ -194,7 +194,7 @@ class StreamingGenerator:
     def known(self, text: TextRows) -> TextRows:
         """The text with precomputed keys and values, for calls without gradients under the same weights."""
         with self._precision(), torch.no_grad():
-            own = self.transformer.text_of(text.embeddings_ULD, text.rows_R, len(text.rows_R))
+            own = self.transformer.text_of(text.embeddings_ULD, text.rows_R)
         return replace(text, known=own)
 
     def velocity(self, x_RFCHW: Tensor, sigma_R: Tensor, text: TextRows, context: Context) -> Tensor:

@@ -214,10 +214,10 @@ class WanBlock(nn.Module):
             q, keys = self._rotate_by_slot(q, keys)
         attended = self.self_attn.attend(q, keys, values, mask)
         if isinstance(text, Tensor):
-            text = self.text_keys_values(text, text_rows, len(x))
+            text = self.text_keys_values(text, text_rows)
         return self.update(x, attended, modulation, *text), k, v
 
-    def text_keys_values(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
+    def text_keys_values(self, text: Tensor, text_rows: Tensor | None) -> KeysValues:
         """Keys and values ``[R, text_len, N, D]`` of each row's text, from embeddings ``[U, text_len, dim]``.
 
         For a single text they are ``[1, text_len, N, D]``.
@@ -249,9 +249,9 @@ class WanBlock(nn.Module):
         """Keys and values of the call's own frames, skipping the rest of the layer."""
         return self.own_keys_values(x, self.modulated(time_R6D), rotation)[1:]
 
-    def text_of(self, text: Tensor, text_rows: Tensor | None, rows: int) -> KeysValues:
+    def text_of(self, text: Tensor, text_rows: Tensor | None) -> KeysValues:
         """``text_keys_values`` for callers outside ``forward``."""
-        return self.text_keys_values(text, text_rows, rows)
+        return self.text_keys_values(text, text_rows)
 
     def _rotate_by_slot(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate keys by their slots and queries by the last slots, which are theirs (relative positions)."""
@@ -301,11 +301,11 @@ class CausalWan(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(shape, self.rotary) for _ in range(shape.num_layers))
         self.head = Head(shape)
 
-    def text_of(self, text_ULD: Tensor, text_rows: Tensor | None, rows: int) -> tuple[KeysValues, ...]:
+    def text_of(self, text_ULD: Tensor, text_rows: Tensor | None) -> tuple[KeysValues, ...]:
         """Keys and values of texts in every layer, to reuse in calls with the same texts and weights."""
         text = self.text_embedding(text_ULD.to(self.patch_embedding.weight.dtype))
         layers = (cast(WanBlock, module) for module in self.blocks)
-        return tuple(layer.text_of(text, text_rows, rows) for layer in layers)
+        return tuple(layer.text_of(text, text_rows) for layer in layers)
 
     def forward(
         self,
@@ -326,7 +326,7 @@ class CausalWan(nn.Module):
             text_rows: index of each row's text, ``[R]``; None: U = R, one text per row.
             encode: return keys and values, and skip the work that only the velocity needs.
         """
-        rows, frames = x_RFCHW.shape[:2]
+        frames = x_RFCHW.shape[1]
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(x_RFCHW.to(dtype))
         time = self.time_embedding(timestep_sinusoid(TIMESTEPS * sigma_R, self.shape.freq_dim).to(dtype))
@@ -394,4 +394,4 @@ class CausalWan(nn.Module):
     def text_keys(self, text_RLD: Tensor, layer: int) -> Tensor:
         """Keys of a layer's cross-attention, ``[R, text_len, N, D]``; a bank scores frames with them."""
         text = self.text_embedding(text_RLD.to(self.patch_embedding.weight.dtype))
-        return cast(WanBlock, self.blocks[layer]).text_of(text, None, len(text))[0]
+        return cast(WanBlock, self.blocks[layer]).text_of(text, None)[0]
