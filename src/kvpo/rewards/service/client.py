@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -58,6 +58,16 @@ SILENCE, SILENCE_AT_START = 30.0, 1.0
 """Seconds without scores, or without any answer, after which the wait is logged."""
 WORDS = 200
 """Maximum number of characters of a server's own message to quote."""
+
+
+async def in_parallel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines at once and return their results in order; raises the first exception alone."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            started = [tasks.create_task(one) for one in coroutines]
+    except ExceptionGroup as errors:  # some versions of Python wrap what is raised within `except*`
+        raise errors.exceptions[0] from None
+    return [task.result() for task in started]
 
 
 class Link:
@@ -294,12 +304,7 @@ class RemoteScorer:
                     body = await asyncio.to_thread(body_of, own, video_BTCHW[piece])
                 return await self.link.ask("POST", "/score", read, body)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                asked = [tasks.create_task(score(piece)) for piece in pieces]
-        except ExceptionGroup as errors:  # some versions of Python wrap what is raised within `except*`
-            raise errors.exceptions[0] from None
-        return [task.result() for task in asked]
+        return await in_parallel(map(score, pieces))
 
     def close(self) -> None:
         """Close the connection."""

@@ -28,7 +28,7 @@ from kvpo.rewards.images import resized
 from kvpo.rewards.protocol import JUDGES, Declaration, Sampling
 from kvpo.rewards.reward import Reward
 from kvpo.rewards.sampling import checked_batch, present_frames
-from kvpo.rewards.service.client import Link
+from kvpo.rewards.service.client import Link, in_parallel
 from kvpo.rewards.service.messages import Body, eight_bit
 from kvpo.rewards.service.patience import PATIENCE, Failed, Patience, RequestRefused
 
@@ -156,12 +156,7 @@ class Judge:
                 body = await asyncio.to_thread(self._question, video_TCHW, prompt)
                 return await self.link.ask("POST", "/chat/completions", self._read, body)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                asked = [tasks.create_task(ask(*one)) for one in zip(video_BTCHW, prompts, strict=True)]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in asked]
+        return await in_parallel(ask(*one) for one in zip(video_BTCHW, prompts, strict=True))
 
     def _question(self, video_TCHW: Tensor, prompt: ClipPrompt) -> Body:
         texts = {"{prompt}": str(prompt), "{before}": prompt.before}
