@@ -244,7 +244,6 @@ class Scheduler:
         self._counted()
 
     def _generate(self, shows: Sequence[Show]) -> list[bytes]:
-        generator = self.stage.generator
         for show in shows:
             show.session.begin_block()
         headers = [self._header(show) for show in shows]
@@ -265,8 +264,6 @@ class Scheduler:
         for show, header, made in zip(shows, headers, parts, strict=True):
             header["frames"] = {name: [len(one) for one in images] for name, images in made.items()}
             header["numbers"] = self.numbers(show)
-            header["latent"] = pixel_frame(header["start"], self.stage.codec.frames_per_latent)
-            header["block"] = header["start"] // generator.block
             sent.append(packed(header, [one for images in made.values() for one in images]))
         return sent
 
@@ -295,6 +292,8 @@ class Scheduler:
             "type": "video.block",
             "session": show.id,
             "start": session.start,
+            "block": session.block,
+            "latent": pixel_frame(session.start, self.stage.codec.frames_per_latent),
             "prompt": session.prompt,
             "segment": len(session.script.segments) - 1,
             "sees": session.sees(),
@@ -318,14 +317,14 @@ class Scheduler:
     def _timed(self, show: Show, frames: Mapping[str, Tensor]) -> None:
         """Record the arrival of a block: deadlines, intervals, and the progress of a prompt switch."""
         pace, now = show.pace, self.clock()
-        before = len(pace.intervals), pace.met, pace.missed, pace.first_frame
+        met, missed, first = pace.met, pace.missed, pace.first_frame
         late = pace.arrived(now, self.period(show))
-        if before[3] is None and pace.first_frame is not None:
+        if first is None and pace.first_frame is not None:
             self.metrics.first_frame.observe(pace.first_frame)
         elif pace.intervals:
             self.metrics.interval.observe(pace.intervals[-1])
-        self.metrics.deadlines.labels("yes").inc(pace.met - before[1])
-        self.metrics.deadlines.labels("no").inc(pace.missed - before[2])
+        self.metrics.deadlines.labels("yes").inc(pace.met - met)
+        self.metrics.deadlines.labels("no").inc(pace.missed - missed)
         self.metrics.stalled.inc(late)
         switch = pace.switch
         if switch is None or show.session.prompt != switch.prompt:
