@@ -275,7 +275,6 @@ def _lowest_drawn(key: str, summary: Entry) -> tuple[float, float]:
 
 def draw_comparison(path: Path, summary: Entry) -> None:
     """Draw every arm's gains, run by run with their spread, and the base with more computation, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sets = [key for key in SETS if key in summary["prompts"]]
@@ -303,5 +302,4 @@ def draw_comparison(path: Path, summary: Entry) -> None:
         axes.locator_params(axis="x", nbins=5)
         axes.set_title(f"{key} videos", fontsize=10)
     axes.invert_yaxis()
-    FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=150)

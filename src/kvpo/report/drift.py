@@ -13,7 +13,6 @@ SIDE_COLOURS = {"base": "#8a8a8a", "aligned": "#3b6fb6"}
 
 def draw_drift(path: Path, numbers: Mapping[str, Any]) -> None:
     """Draw every measure over time, base and aligned with their standard errors over streams, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in SHOWN if name in numbers["base"]]
@@ -36,5 +35,4 @@ def draw_drift(path: Path, numbers: Mapping[str, Any]) -> None:
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     figure.supxlabel("seconds of the stream", fontsize=9)
-    FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=130)

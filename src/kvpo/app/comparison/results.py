@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kvpo.app.comparison.plan import MethodComparison
-from kvpo.app.comparison.statistics import least_p, permutation_p, spread
+from kvpo.app.comparison.statistics import least_p, permutation_p
+from kvpo.report.null_runs import over_seeds
 from kvpo.training.evaluation import paired_gain
 
 COMPARED_WITH, NULL = "kvpo", "null"
@@ -116,7 +117,7 @@ def _on_set(
     numbers: dict[str, Any] = {
         "gains": of_runs,
         "mean": mean(of_runs),
-        "std": spread(of_runs),
+        "std": over_seeds(of_runs),
         "standard_errors": [paired_gain(torch.zeros(own.shape[1]), row).standard_error for row in own],
         "components": {
             part: mean(_component_gain(*pair, name, part) for pair in zip(results, bases, strict=True))

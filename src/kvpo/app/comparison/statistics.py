@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -13,11 +13,6 @@ from kvpo.engine.noise import keyed_generator
 MOST_RELABELLINGS = 20_000
 """Up to this many relabellings of runs are all counted; beyond it, PERMUTATIONS are drawn."""
 PERMUTATIONS = 10_000
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation (ddof 1); None for fewer than two values."""
-    return stdev(values) if len(values) > 1 else None
 
 
 def relabelling_p(one_S: Sequence[float], other_S: Sequence[float]) -> float:
