@@ -54,7 +54,8 @@ def test_the_changes_are_harmless_and_what_they_say():
 
 
 def test_a_constant_has_no_noise_and_a_known_change_is_measured():
-    assert measure(reward_of(lambda v: torch.ones(len(v))), SAMPLES, 0)["probe"].noise_floor == 0
+    always = measure(reward_of(lambda v: torch.full((len(v),), 0.7)), SAMPLES[:1] * 7, 0)["probe"]
+    assert always.noise_floor == always.spread_between_clips == 0, "7 x 0.7 / 7 is not 0.7 in float32"
 
     def whether_changed(video_BTCHW):
         """0 for the first sample's exact pixels, 1 for any other: the jitter is known."""

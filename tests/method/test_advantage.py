@@ -93,6 +93,16 @@ def test_equal_rewards_give_zero_and_not_nan():
     assert is_noise(rewards, anchor, 0.0)
 
 
+@pytest.mark.parametrize("branches", range(2, 17))
+def test_rewards_are_equal_whatever_their_mean_is_rounded_to(branches):
+    """In float32 the mean of eight times 0.7 is not 0.7."""
+    equal_NG = torch.linspace(0.01, 0.99, 99)[:, None].expand(-1, branches)
+    assert not reward_spread(equal_NG).any() and not reward_spread(equal_NG, equal_NG[:, 0]).any()
+    assert not group_relative(equal_NG, None, 0.0).any()
+    assert not pooled_spread([equal_NG, 1 - equal_NG]).any()
+    assert is_noise(equal_NG, None, 0.0)
+
+
 def test_the_anchor_alone_can_lift_a_group_above_the_noise():
     rewards = torch.zeros(4)
     assert is_noise(rewards, None, 0.1) and not is_noise(rewards, torch.tensor(1.0), 0.1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, isqrt
 from pathlib import Path
+from statistics import stdev
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ def _noise(original: list[float], deltas: dict[str, list[list[float]]], repetiti
         changes[kind] = Jitter(
             float(moved.square().mean().sqrt()), float(moved.mean()), float(moved.abs().max())
         )
-    spread = float(torch.tensor(original).std(correction=1)) if len(original) > 1 else 0.0
+    spread = stdev(original) if len(original) > 1 else 0.0  # exactly 0 for equal scores
     return ComponentNoise(float(torch.stack(variances).mean().sqrt()), spread, changes, repetition)
 
 

@@ -4,12 +4,15 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvpo.app.suites import SUITES
+from kvpo.arena.analysis import INTERVAL_PROMPTS, expanded_tail
 from kvpo.engine.noise import keyed_generator
 from kvpo.files import read_json
 from kvpo.rewards.video_files import probe, read_frames
@@ -115,7 +118,7 @@ class Compared:
     prompts: int
     """Number of prompts with results in both."""
     low: float
-    """Bounds of the 95 % interval of the gain, by bootstrap over prompts; NaN for fewer than two."""
+    """Bounds of the interval of the gain (`gain_interval`); NaN for too few prompts."""
     high: float
 
 
@@ -170,13 +173,21 @@ def compared_results(base: Path, aligned: Path) -> dict[str, Compared]:
     for dimension in common:
         (mean, own), (aligned_mean, aligned_own) = one[dimension], other[dimension]
         gains = torch.tensor([aligned_own[p] - own[p] for p in own if p in aligned_own], dtype=torch.float64)
-        low = high = float("nan")
-        if len(gains) > 1:
-            draws = keyed_generator("suite bootstrap", dimension)
-            drawn = gains[torch.randint(len(gains), (DRAWS, len(gains)), generator=draws)].mean(1)
-            low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        table[dimension] = Compared(mean, aligned_mean, len(gains), low, high)
+        table[dimension] = Compared(mean, aligned_mean, len(gains), *gain_interval(gains, dimension))
     return table
+
+
+def gain_interval(gains_P: Tensor, name: str) -> tuple[float, float]:
+    """Bounds of the 95 % interval of a mean gain, by bootstrap over prompts; ``name`` seeds its draws.
+
+    NaN for fewer than ``INTERVAL_PROMPTS``; the percentiles are widened for few prompts (`expanded_tail`).
+    """
+    if (prompts := len(gains_P)) < INTERVAL_PROMPTS:
+        return nan, nan
+    draws = torch.randint(prompts, (DRAWS, prompts), generator=keyed_generator("suite bootstrap", name))
+    tail = expanded_tail(prompts)
+    ends = torch.quantile(gains_P[draws].mean(1), gains_P.new_tensor([tail, 1 - tail]))
+    return float(ends[0]), float(ends[1])
 
 
 def total(numbers: Mapping[str, float]) -> tuple[float | None, list[str]]:
@@ -202,7 +213,7 @@ def result_lines(table: Mapping[str, Compared]) -> list[str]:
     """The comparison as lines of text; the last gives the total, or the missing dimensions."""
     rows: list[Sequence[str]] = [("dimension", "base", "aligned", "gain", "95 % interval", "prompts")]
     for name, one in table.items():
-        interval = f"{one.low:+.4f} to {one.high:+.4f}" if one.prompts > 1 else "-"
+        interval = f"{one.low:+.4f} to {one.high:+.4f}" if one.prompts >= INTERVAL_PROMPTS else "-"
         gain = f"{one.aligned - one.base:+.4f}"
         rows.append((name, f"{one.base:.4f}", f"{one.aligned:.4f}", gain, interval, str(one.prompts)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

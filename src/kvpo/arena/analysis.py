@@ -45,6 +45,15 @@ def student(probability: float, freedom: int) -> float:
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
+def expanded_tail(prompts: int) -> float:
+    """Share of resamples beyond each end of an interval at ``LEVEL``, from two prompts up.
+
+    Phi(-sqrt(n / (n - 1)) t): as small as Student's t requires for few prompts (Hesterberg 2015, the expanded
+    percentile interval); plain percentiles of six prompts cover the truth in 85 % of all cases.
+    """
+    return NormalDist().cdf(-sqrt(prompts / (prompts - 1)) * student((1 + LEVEL) / 2, prompts - 1))
+
+
 def counts_by_prompt(judgements: Sequence[Judgement], arm: str) -> np.ndarray:
     """Good, same and bad votes of ``arm`` against the others, by prompt: [P, 3]."""
     found: dict[str, list[int]] = {}
@@ -73,18 +82,17 @@ def bootstrap(
 ) -> Interval:
     """A statistic of the votes summed over prompts, with a bootstrap interval that resamples whole prompts.
 
-    The percentiles are widened as Student's t requires for few prompts (Hesterberg 2015, the expanded
-    percentile interval). If all resamples are equal, as with unanimous votes, each end assumes the largest
-    share of all-good or all-bad prompts that this many prompts would miss with the probability of one tail.
-    With fewer than ``INTERVAL_PROMPTS`` prompts the interval is infinite.
+    The percentiles are widened for few prompts (`expanded_tail`). If all resamples are equal, as with
+    unanimous votes, each end assumes the largest share of all-good or all-bad prompts that this many prompts
+    would miss with the probability of one tail. With fewer than ``INTERVAL_PROMPTS`` prompts the interval is
+    infinite.
     """
     prompts, total_3 = len(counts_P3), counts_P3.sum(0)
     value = float(statistic(total_3))
     if prompts < INTERVAL_PROMPTS:
         return Interval(value, -inf, inf)
     drawn_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES)
-    values_R = statistic(drawn_RP @ counts_P3)
-    tail = NormalDist().cdf(-sqrt(prompts / (prompts - 1)) * student((1 + LEVEL) / 2, prompts - 1))
+    values_R, tail = statistic(drawn_RP @ counts_P3), expanded_tail(prompts)
     low, high = np.quantile(values_R, [tail, 1 - tail])
     if low == high:
         seen = ((1 - LEVEL) / 2) ** (1 / prompts)

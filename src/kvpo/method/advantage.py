@@ -27,9 +27,12 @@ SMALLEST_SPREAD = 1e-12
 
 
 def reward_spread(rewards: Tensor, anchor: Tensor | None = None) -> Tensor:
-    """Standard deviation (ddof 1) over the branches, and the anchor if given: [..., G], [...] -> [...]."""
+    """Standard deviation (ddof 1) over the branches, and the anchor if given: [..., G], [...] -> [...].
+
+    Exactly 0 if all are equal, whose rounded mean may lie beside them.
+    """
     members = rewards if anchor is None else torch.cat([rewards, anchor.unsqueeze(-1)], dim=-1)
-    return members.std(dim=-1, correction=1)
+    return members.std(dim=-1, correction=1).masked_fill(_equal(members), 0.0)
 
 
 def pooled_spread(groups: Sequence[Tensor]) -> Tensor:
@@ -101,8 +104,14 @@ def fuse_signals(local_G: Tensor, global_G: Tensor, global_weight: float) -> Ten
 
 
 def centred(advantages: Tensor) -> Tensor:
-    """A - mean A over the last axis, as a softmax over the branches alone requires."""
-    return advantages - advantages.mean(dim=-1, keepdim=True)
+    """A - mean A over the last axis, as a softmax over the branches alone requires; 0 if all are equal."""
+    difference = advantages - advantages.mean(dim=-1, keepdim=True)
+    return difference.masked_fill(_equal(advantages).unsqueeze(-1), 0.0)
+
+
+def _equal(values: Tensor) -> Tensor:
+    """True where all values along the last axis are the same: [..., n] -> [...]."""
+    return values.amax(-1) == values.amin(-1)
 
 
 def clamp(advantages_G: Tensor, limit: float) -> Tensor:
