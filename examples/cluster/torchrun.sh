@@ -1,12 +1,13 @@
 #!/bin/sh
-# Start this on every node of a cluster without a scheduler. Variables, with what they are by default:
+# Start this on every node of a cluster without a scheduler. Variables, with their defaults:
 #   NODES  number of nodes (1)            GPUS  processes per node, one per GPU (8)
 #   HEAD   host name of the first node    PORT  a free port there (29500)
-#   PRESET, OUT, RUN_ID                   what is aligned, where to, and a name for this start
+#   PRESET, OUT, RUN_ID                   the preset, the run's directory, and a name that all nodes share
 #   BRANCH_RANKS                          ranks that share a group (4: four groups on two nodes of eight GPUs);
-#                                         kvpo plan --preset PRESET --gpus GPUS --nodes NODES names the best
-# All nodes must see OUT. A rank that dies ends the others; all are started again and resume the last checkpoint.
-# At SIGTERM an update has half of this many seconds to end; a longer one is given up, those before it are saved.
+#                                         kvpo plan --preset PRESET --gpus GPUS --nodes NODES finds the best
+# Further arguments go to kvpo align. All nodes must be able to access OUT. If a rank dies, the others end, and all are
+# started again and resume from the last checkpoint. After SIGTERM, an update may take half of the seconds below; a longer
+# one is given up, and the updates before it are saved.
 set -eu
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}"
 exec torchrun \

@@ -119,7 +119,7 @@ def test_what_was_asked_and_shown_is_listed_with_its_number(finished_run, finish
 
 def test_null_runs_stand_beside_the_gain(run, tmp_path):
     held_out(run, paired_gain=0.111, paired_se=0.012, base_mean=0.512)
-    assert "no null runs of these settings are known" in page_of(run)[1].text
+    assert "There are no null runs of these settings" in page_of(run)[1].text
     gains = [{"seed": seed, "short": 0.01 * seed, "long": 0.2} for seed in range(3)]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["objective"]["advantages"] = "random"
@@ -128,7 +128,7 @@ def test_null_runs_stand_beside_the_gain(run, tmp_path):
     page = parse(write_report(run, null=path).read_text()).text
     assert "(3 null runs: +0.010 \u00b1 0.010 over seeds, the best +0.020)" in page
     assert "on long videos (3 null runs" in page and "(inside the range of the null runs)" not in page
-    assert "null runs of these settings are known" not in page
+    assert "There are no null runs of these settings" not in page
     path.write_text(json.dumps({"settings": settings | {"method": "nft"}, "runs": gains}))
     with pytest.raises(ValueError, match="have method nft, this one kvpo"):
         write_report(run, null=path)
@@ -156,7 +156,7 @@ def test_routing_is_compared_with_noise_of_the_same_pixel_distance_on_enough_for
             summary["diversity"][name]["attribute_diversity"] = value
 
     edit_json(run / "summary.json", measured)
-    assert "On 2 forks of this run, these are too few" in page_of(run)[1].text
+    assert "2 forks: too few to draw a conclusion, which takes 16." in page_of(run)[1].text
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["evaluation"]["validation_prompts"] = 16
     (run / "config.yaml").write_text(yaml.safe_dump(config))

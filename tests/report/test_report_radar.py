@@ -55,7 +55,7 @@ def test_no_alarm_on_few_prompts_is_no_tick(run):
         return page_of(run)[0].split('<section id="radar">', 1)[1].split("<section", 1)[0]
 
     hack(run, alarms={}, hacked=False, fallen=[])
-    assert "On 4 prompts, fewer than 16, no alarm says little." in section()
+    assert "No alarm, which means little on 4 prompts, fewer than 16." in section()
     assert 'class="verdict neutral"' in section()
     edit_metrics(run, lambda line: line["kind"] == "validation" and line["long"].update(prompts=14))
     assert 'class="verdict good"' in section() and "says little" not in section()

@@ -25,7 +25,7 @@ def arena_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         help="a run, one of its checkpoints, or a folder of videos with prompts, as [NAME=]PATH; :base, "
-        ":aligned or :branches behind it takes a part; or report, invite, export, import and a study",
+        ":aligned or :branches at its end selects a part; or report, invite, export, import and a study",
     )
     parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="the study (default: arena/ and the sources' names)"

@@ -58,7 +58,7 @@ def parse_source(text: str) -> Given:
     if not path.is_dir():
         raise ValueError(
             f"{where}: no such directory; an arm is a run, one of its checkpoints or a folder of videos, "
-            "with :base, :aligned or :branches behind it where it holds several"
+            "followed by :base, :aligned or :branches where it holds several"
         )
     given = Given(path, name or path.resolve().name, part)
     if part == BRANCHES and not (path / BRANCHES).is_dir():

@@ -205,7 +205,7 @@ def _plan_arguments(parser: ArgumentParser) -> None:
         metavar="GB",
         help="memory of the device; says whether the run fits, or what to add",
     )
-    for name, what in (("gpus", "GPUs of a node that share the run"), ("nodes", "nodes of as many GPUs")):
+    for name, what in (("gpus", "GPUs of a node that share the run"), ("nodes", "nodes of that many GPUs")):
         parser.add_argument(f"--{name}", type=int, default=1, metavar="INT", help=f"{what} (default: 1)")
     parser.add_argument(
         "--tflops",

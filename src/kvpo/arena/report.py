@@ -105,7 +105,7 @@ def ends(found: Interval, text: Callable[[float], str]) -> str:
 
 def _needed(found: Comparison) -> str:
     if found.prompts_needed is None or found.votes_needed is None:
-        return "<span class='soft'>cannot be said yet</span>"
+        return "<span class='soft'>not known yet</span>"
     missing = found.prompts_needed - found.prompts
     if missing <= 0:
         return "enough prompts"

@@ -46,7 +46,7 @@ QUESTIONS = (
     Question(
         "text",
         "Which one shows more of what the prompt says?",
-        "Two blue squares that roll beat one, if the prompt asks for two; look at number, colour and deed.",
+        "Two blue squares that roll beat one, if the prompt asks for two; look at number, colour and action.",
     ),
     Question(
         "consistency",
@@ -62,9 +62,9 @@ OF_PAIRS = (
     "acceptable. Some pairs come twice, and some are the same video twice: this checks the study."
 )
 OF_RANKINGS = (
-    "You will see some videos at a time, made from the same prompt. They play in step; watch them to the end "
-    "once, then again as often as you like, slowly or frame by frame. Judge what you see, not what you guess "
-    "about how it was made. Drag them into order, the best first; then go on to the next."
+    "You will see several videos at a time, made from the same prompt. They play in step; watch them to the "
+    "end once, then again as often as you like, slowly or frame by frame. Judge what you see, not what you "
+    "guess about how it was made. Drag them into order, the best first; then continue with the next."
 )
 
 

@@ -166,7 +166,7 @@ class Direction:
             raise Refusal("out_of_order", "this connection has a session")
         show = self.scheduler.shows.get(message.session)
         if show is None or show.id not in self.theatre.rooms:
-            raise Refusal("not_found", f"session: {message.session[:60]!r} is not on")
+            raise Refusal("not_found", f"session: {message.session[:60]!r} is not running")
         audience = self.theatre.rooms[show.id]
         audience.append(self.connection)
         self.connection.show, show.viewers = show, len(audience)

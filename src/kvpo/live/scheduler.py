@@ -191,7 +191,7 @@ class Scheduler:
     ) -> Show:
         """Start a session that was requested at time ``asked``. Raises Refusal if the server is full."""
         if len(self.shows) >= self.limits.sessions:
-            raise Refusal("busy", f"{self.limits.sessions} sessions are on, as many as this server takes")
+            raise Refusal("busy", f"{self.limits.sessions} sessions are running, the most this server takes")
         show = Show(id, session(), publish, Pace(asked), speed)
         self.shows[show.id] = show
         self._counted()

@@ -26,8 +26,8 @@ NO_IMPROVEMENT = (
 
 
 NO_NULL = (
-    "The \u00b1 is over prompts alone, and says nothing of how much runs that learn nothing differ from seed "
-    "to seed; no null runs of these settings are known: kvpo report --null FILE compares with some."
+    "The \u00b1 is over prompts alone: it leaves out how much runs that learn nothing differ between seeds. "
+    "There are no null runs of these settings to compare with; kvpo report --null FILE names some."
 )
 
 
@@ -320,8 +320,8 @@ def headline(run: RunRecord) -> str:
     legend = (
         "Bars: one and two standard errors over distinct prompts; the upright line is zero. The gain is "
         "paired: same prompt, same noise. The unseen scorer looks at pixels only and is never used for "
-        "training, selection or stopping. A gain that is as large with a wrong caption, another prompt's, is "
-        "one of looks and not of what was asked for."
+        "training, selection or stopping. A gain that is as large with a wrong caption, another prompt's, "
+        "comes from looks, not from what was asked for."
     )
     return (
         verdict_box(verdict.tone, verdict.sentence, (*radar, *verdict.notes), symbol=True)

@@ -23,7 +23,7 @@ def phases(run: RunRecord) -> str:
     """Seconds per update in every phase (mean over ranks, and slowest rank), and the megabytes sent."""
     found = [entry["phases"] for entry in run.updates if isinstance(entry.get("phases"), dict)]
     if not found:
-        return '<p class="missing">No update has said how long its phases took.</p>'
+        return '<p class="missing">No update has recorded the times of its phases.</p>'
     seconds, sent = (_by_phase(found, kind) for kind in ("seconds", "bytes"))
     rows = []
     for name, ranks in seconds.items():

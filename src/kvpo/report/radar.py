@@ -62,7 +62,7 @@ def _verdict(last: Entry, summary: Entry, *, may_stop: bool, prompts: float) -> 
         ruled_out = "A checkpoint at which a watcher has fallen is not kept as the best." if may_stop else ""
         tone, outcome = "neutral", f"{ruled_out}{kept}".strip()
     elif mapping(last, "watchers") and prompts < FEWEST_PROMPTS:
-        few = f"On {prompts:.0f} prompts, fewer than {FEWEST_PROMPTS}, no alarm says little."
+        few = f"No alarm, which means little on {prompts:.0f} prompts, fewer than {FEWEST_PROMPTS}."
         tone, outcome = "neutral", few + kept
     elif mapping(last, "watchers"):
         tone, outcome = "good", kept.strip()

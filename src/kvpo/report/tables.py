@@ -96,9 +96,9 @@ def accuracy(run: RunRecord) -> str:
     if not rows:
         return '<p class="missing">Only tests in the embedded world say what is right or wrong.</p>'
     return table_card(("", "videos", "demands", "base", "aligned", "change"), rows, "shares") + (
-        '<p class="note">Each demand of a caption is met or not by what its segment most likely shows. An '
-        "event counts as met if all that its caption says of it is: who returns, the scene come back to, the "
-        "new colour, who stays.</p>"
+        '<p class="note">A demand of a caption is met if the most likely reading of its segment says so. An '
+        "event is met if everything that its caption says about it is: who returns, the scene that is "
+        "returned to, the new colour, who stays.</p>"
     )
 
 
@@ -115,10 +115,10 @@ def _diversity_sentence(methods: dict[str, dict[str, float]], forks: float) -> s
         parts.append(f"with {word} broken frames")
     if not parts:
         return ""
-    said = ", ".join(parts)
+    tried = counted(round(forks), "fork")
     if forks < FEWEST_PROMPTS:
-        said = f"these are too few to say more than the numbers (from {FEWEST_PROMPTS} on a sentence would)"
-    return f'<p class="reading">On {counted(round(forks), "fork")} of this run, {said}.</p>'
+        return f'<p class="reading">{tried}: too few to draw a conclusion, which takes {FEWEST_PROMPTS}.</p>'
+    return f'<p class="reading">On {tried} of this run, {", ".join(parts)}.</p>'
 
 
 def diversity(run: RunRecord) -> str:

@@ -62,7 +62,7 @@ function showProgress({ done, ballots }) {
 async function present() {
   const { session } = state;
   if (session.closed || session.done >= session.ballots) showProgress(session);
-  if (session.closed) return say("This study is closed.", "Thank you; no more votes are taken.");
+  if (session.closed) return say("This study is closed.", "Thank you for taking part. Voting has ended.");
   if (session.done >= session.ballots) {
     say("That was the last one. Thank you!", `${session.done} votes of ${session.rater} are stored. You can close this page.`);
     at("undo-last").hidden = session.done === 0;
@@ -95,7 +95,7 @@ function draw(ballot) {
     shot.dataset.place = n;
     if (ballot.ranked) {
       shot.tabIndex = 0;
-      shot.setAttribute("aria-label", `Video at place ${n + 1}; arrow keys move it`);
+      shot.setAttribute("aria-label", `Video in position ${n + 1}; move it with the arrow keys`);
     }
     return shot;
   }));
@@ -338,7 +338,7 @@ document.addEventListener("keydown", (event) => {
 // ---- start
 
 const lost = (error) => (error.status === 401
-  ? say("This page needs an invitation.", "Open the whole link that you were sent, with all that follows the #.")
+  ? say("This page needs an invitation.", "Open the whole link that you were sent, including everything after the #.")
   : say("The study cannot be reached.", error.status ? error.message : "Votes that you gave are stored. Load this page again in a moment."));
 
 async function start() {
