@@ -109,8 +109,8 @@ def _evaluate(
     with _unfinished(ranks, out) as parts, progress_bars(shown=ranks.main) as show:
         report = counter(show, f"{split} videos of base and aligned", 2 * len(asked))
         both = (
-            (sides.base, KeptResults(parts, f"base, {config}")),
-            (sides.aligned, KeptResults(parts, aligned)),
+            (sides.base, KeptResults(parts, f"base, {config}", ranks)),
+            (sides.aligned, KeptResults(parts, aligned, ranks)),
         )
         for name, one in sets.items():
             found = []
