@@ -167,7 +167,7 @@ def _opened(
     """A run's setup, its base and aligned policy, and the checkpoint's path."""
     demand_same_prompts(run, config)
     demand_same_files(run, config)
-    path = checkpoint_of(run, checkpoint)
+    path = checkpoint_of(run, checkpoint, ranks)
     assert path is not None
     with ranks.together("loading the generator and the rewards"):
         setup = build_setup(config, ranks)
