@@ -37,7 +37,10 @@ def test_gradients_wait_for_their_turn_beside_their_sum(
 ) -> None:
     """Bytes of gradients while the last of four groups is replayed: one or two groups are one turn."""
     config = tiny_config(tiny_base, exploration__rows=rows, optim__prompts_per_update=4)
-    trainer, sums, waiting, most = Trainer(toy_setup(config)), [], [], []
+    trainer = Trainer(toy_setup(config))
+    sums: list[OrderedSum] = []
+    waiting: list[Any] = []
+    most: list[int] = []
     parameters = list(trainer.policy.parameters.values())
 
     def summed(*given: Any) -> OrderedSum:

@@ -115,7 +115,8 @@ def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Pat
 
 def evaluated_twice(ranks: Ranks, config: Config, folder: Path) -> list[float]:
     """Scores of the base, kept between two evaluations in files that only rank 0 still sees."""
-    trainer, own, found = toy_trainer(ranks, config), folder / str(ranks.rank), []
+    trainer, own = toy_trainer(ranks, config), folder / str(ranks.rank)
+    found: list[float] = []
     for _ in range(2):
         kept = KeptResults(own, "base", ranks)
         every = evaluate_base(trainer.setup, trainer, trainer.setup.validation, kept=kept)
