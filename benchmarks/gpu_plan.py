@@ -41,6 +41,7 @@ from kvpo.training import collection
 from kvpo.training.credit import collection_scale
 from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.ranks import ALONE
+from kvpo.training.reduction import OrderedSum
 from kvpo.training.trainer import Trainer
 
 GB = 1e9
@@ -146,7 +147,9 @@ class Phases:
         credits = collection.credits_of(setup, update, {group.index: scores}, scale)
         lessons = collection.lessons_of(setup, trainer.learner, update, rollout, credits)
         lesson = lessons[group.index]
+        total = OrderedSum(ALONE, list(trainer.policy.parameters.values()))  # a run holds it meanwhile
         self.take(PHASES[3], lambda: accumulate_gradients(trainer.learner, lesson, None, 1))
+        del total
         self.take(PHASES[4], trainer.optimizer.step)
 
 

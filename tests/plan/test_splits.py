@@ -1,6 +1,7 @@
 """What the plan counts of a shared run is what ranks hold, do and send."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from kvpo.engine.generator import StreamingGenerator
 from kvpo.plan.phases import Rates
 from kvpo.plan.replays import replays_of
 from kvpo.plan.splits import Sharing, splits
+from kvpo.training.gradients import accumulate_gradients
 from kvpo.training.ranks import Ranks
+from kvpo.training.reduction import OrderedSum
 from kvpo.training.sharding import local
 from kvpo.training.trainer import Trainer
 from tests.ranks import on_ranks
@@ -26,6 +29,39 @@ RATES = Rates(250e12, 3e12)
 
 def planned(config: Any, split: Sharing) -> Any:
     return Planner(config, RATES).plan(config, split)
+
+
+@pytest.mark.parametrize(("rows", "turn"), [(4, 1), (8, 2)])
+def test_gradients_wait_for_their_turn_beside_their_sum(
+    rows: int, turn: int, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of gradients while the last of four groups is replayed: one or two groups are one turn."""
+    config = tiny_config(tiny_base, exploration__rows=rows, optim__prompts_per_update=4)
+    trainer = Trainer(toy_setup(config))
+    sums: list[OrderedSum] = []
+    waiting: list[Any] = []
+    most: list[int] = []
+    parameters = list(trainer.policy.parameters.values())
+
+    def summed(*given: Any) -> OrderedSum:
+        sums.append(OrderedSum(*given))
+        return sums[-1]
+
+    def replayed(*given: Any) -> Any:
+        found = accumulate_gradients(*given)
+        own = [parameter.grad for parameter in parameters]
+        alive = [one() for one in waiting]
+        held = [*sums[-1].parts, *own, *(one for one in alive if one is not None)]
+        most.append(sum(one.nbytes for one in held))
+        waiting.extend(map(weakref.ref, own))
+        return found
+
+    monkeypatch.setattr("kvpo.training.trainer.OrderedSum", summed)
+    monkeypatch.setattr("kvpo.training.trainer.accumulate_gradients", replayed)
+    trainer.step()
+    (phase,) = (one for one in planned(config, Sharing()).phases if one.name == "replay and backward")
+    assert len(most) == 4 and most[-1] == max(most) == (1 + turn) * sum(one.nbytes for one in parameters)
+    assert most[-1] == sum(size for name, size in phase.parts.items() if "gradients" in name)
 
 
 def test_teams_stay_within_a_node() -> None:

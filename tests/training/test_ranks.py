@@ -50,6 +50,16 @@ def failing(ranks: Ranks) -> None:
             raise ValueError("the reward\nis not finite")
 
 
+def failing_while_rank_0_saves(ranks: Ranks, folder: Path) -> None:
+    try:
+        failing(ranks)
+    except RankError:
+        time.sleep(1.0)  # saving the updates before the failed one
+        raise
+    finally:
+        (folder / f"left-{ranks.rank}").touch()
+
+
 def failing_before_teams(ranks: Ranks) -> None:
     with ranks.together("loading the generator and the rewards"):
         if ranks.rank == 3:
@@ -97,6 +107,14 @@ def test_a_failure_on_one_rank_is_a_failure_of_all_and_names_it(tmp_path: Path) 
     main, other = on_ranks(2, tmp_path / "once", failing_once)
     assert isinstance(main, ZeroDivisionError)
     assert "rank 0, which failed while saving: integer division" in str(other)
+
+
+def test_a_rank_that_has_failed_stays_until_rank_0_has_saved(tmp_path: Path) -> None:
+    """torchrun kills the others once it has ended, which took updates with it that rank 0 was saving."""
+    _, own = on_ranks(2, tmp_path / "ranks", failing_while_rank_0_saves, tmp_path)
+    assert str(own) == "the reward\nis not finite"
+    saved, ended = (tmp_path / "left-0").stat(), (tmp_path / "ranks" / "found-1").stat()
+    assert saved.st_mtime_ns <= ended.st_mtime_ns
 
 
 def test_teams_are_not_formed_with_a_rank_that_has_failed(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from kvpo.config import Config
 from kvpo.training.background_saving import BackgroundSaving
 from kvpo.training.checkpoint import TENSORS, latest_checkpoint, save_checkpoint
 from kvpo.training.held_out import evaluate_base
+from kvpo.training.kept_results import KeptResults
 from kvpo.training.ranks import Ranks
 from kvpo.training.run import restore
 from kvpo.training.sharding import local, sharded
@@ -110,6 +111,27 @@ def test_a_run_of_spread_weights_is_that_of_whole_ones(rank: int, tiny_base: Pat
     found, again = run_of([2, 1, 3], [1, 1, 1], toy_trainer, config, tmp_path / "spread")
     assert_near(found, expected)
     assert again == pytest.approx(numbers, rel=1e-9) and again[-1] == 1
+
+
+def evaluated_twice(ranks: Ranks, config: Config, folder: Path) -> list[float]:
+    """Scores of the base, kept between two evaluations in files that only rank 0 still sees."""
+    trainer, own = toy_trainer(ranks, config), folder / str(ranks.rank)
+    found: list[float] = []
+    for _ in range(2):
+        kept = KeptResults(own, "base", ranks)
+        every = evaluate_base(trainer.setup, trainer, trainer.setup.validation, kept=kept)
+        found.append(sum(float(one.components_KN.sum()) for one in every.values()))
+        if not ranks.main:
+            kept.remove()
+    return found
+
+
+def test_kept_results_that_one_rank_does_not_see_yet_are_those_of_all(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_base, **SETTINGS)
+    (first, again), other = on_ranks(2, tmp_path / "ranks", evaluated_twice, config, tmp_path, short=20.0)
+    assert first == again and other == [first, again]
 
 
 def test_a_public_generator_in_bfloat16_with_an_adapter_in_float32(tmp_path: Path) -> None:

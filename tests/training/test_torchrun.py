@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpo.app.build import build_setup
+from kvpo.app.build import build_setup, checkpoint_of
 from kvpo.prompts import ClipPrompt
-from kvpo.training.checkpoint import checkpoint_update, resume_point
+from kvpo.training.checkpoint import checkpoint_update, resume_point, save_checkpoint
 from kvpo.training.ranks import Ranks
 from tests import processes
 from tests.metrics import read_metrics
@@ -102,6 +102,19 @@ def served(ranks: Ranks, base: Path) -> tuple[dict[str, list[float]], list[str]]
 def test_rewards_of_some_ranks_score_the_clips_of_all(tiny_base: Path, tmp_path: Path) -> None:
     found = children(2, tmp_path / "ranks", served, tiny_base)
     assert found == [(["calm", "redness"], ["tests.tiny_world:toy"])] * 2
+
+
+def chosen(ranks: Ranks, folder: Path) -> Path | None:
+    """The latest checkpoint of a run that saves update 1 after rank 0 has looked, and before rank 1 does."""
+    run = folder / f"as-rank-{ranks.rank}-sees-it"
+    for update in range(ranks.rank + 1):
+        save_checkpoint(run / "checkpoints", update, {"a": torch.zeros(1)}, {}, architecture={})
+    return checkpoint_of(run, "latest", ranks)
+
+
+def test_ranks_use_one_checkpoint_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    one, other = children(2, tmp_path / "ranks", chosen, tmp_path)
+    assert one == other and one.name == "update-000000"
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -161,7 +161,7 @@ def train(
             run.save()
             run.settle(wait=True)  # a run begins only once this checkpoint exists
         report = counter(show, "the base's validation videos", sum(map(len, setup.validation.values())))
-        kept = KeptResults(directory.held_out, "base")
+        kept = KeptResults(directory.held_out, "base", ranks)
         run.base = evaluate_base(setup, trainer, setup.validation, report=report, kept=kept)
         directory.begun = True
         if state is not None:
@@ -246,7 +246,7 @@ def _finish(run: Run, directory: RunDirectory, started: float) -> dict[str, Any]
     def on_test_prompts() -> None:
         report = counter(show, "test videos of base and aligned", 2 * sum(map(len, setup.test.values())))
         how = {"mismatched": True, "report": report}
-        kept = [KeptResults(directory.held_out, policy) for policy in ("base", fingerprint([best]))]
+        kept = [KeptResults(directory.held_out, one, ranks) for one in ("base", fingerprint([best]))]
         for name, base in evaluate_base(setup, run.trainer, setup.test, **how, kept=kept[0]).items():
             results[name] = (base, run.evaluate_aligned(setup.test[name], **how, kept=kept[1]))
 

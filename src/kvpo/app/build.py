@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -65,11 +66,14 @@ def check_device(name: str, field: str = "device") -> None:
         ) from error
 
 
-def checkpoint_of(run: Path | None, name: str | int | Path | None) -> Path | None:
-    """The checkpoint of a run, None without a run; warns if it is just the base. Raises CheckpointError."""
+def checkpoint_of(run: Path | None, name: str | int | Path | None, ranks: Ranks = ALONE) -> Path | None:
+    """The checkpoint of a run, None without a run; warns if it is just the base. Raises CheckpointError.
+
+    The first rank chooses for all, because a run that is still training saves while they look.
+    """
     if run is None:
         return None
-    path = find_checkpoint(run / "checkpoints", name)
+    path = ranks.once("looking for the checkpoint", partial(find_checkpoint, run / "checkpoints", name))
     if (warning := no_improvement(path, name)) is not None:
         logger.warning("%s; --checkpoint latest takes the trained weights", warning)
     return path

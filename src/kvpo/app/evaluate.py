@@ -108,8 +108,8 @@ def _evaluate(
     with _unfinished(ranks, out) as parts, progress_bars(shown=ranks.main) as show:
         report = counter(show, f"{split} videos of base and aligned", 2 * len(asked))
         both = (
-            (sides.base, KeptResults(parts, f"base, {config}")),
-            (sides.aligned, KeptResults(parts, aligned)),
+            (sides.base, KeptResults(parts, f"base, {config}", ranks)),
+            (sides.aligned, KeptResults(parts, aligned, ranks)),
         )
         for name, one in sets.items():
             found = []
@@ -165,7 +165,7 @@ def _opened(
     """A run's setup, its base and aligned policy, and the checkpoint's path."""
     demand_same_prompts(run, config)
     demand_same_files(run, config)
-    path = checkpoint_of(run, checkpoint)
+    path = checkpoint_of(run, checkpoint, ranks)
     assert path is not None
     with ranks.together("loading the generator and the rewards"):
         setup = build_setup(config, ranks)

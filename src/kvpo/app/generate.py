@@ -155,7 +155,7 @@ def _generate(
 ) -> list[Path]:
     """Load the generator, and write the videos of the prompts batch by batch; ranks share the batches."""
     with ranks.together("loading the generator"):
-        path = checkpoint_of(run, checkpoint)
+        path = checkpoint_of(run, checkpoint, ranks)
         backbone = with_given_frames(load_backbone(config, wanted), frames, wanted)
         arms = opened_arms(backbone, path, weights)
         selection = None if best is None else best.selection(config, backbone)

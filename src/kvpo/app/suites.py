@@ -256,7 +256,7 @@ def generate_suite(
         logger.warning("%s: %s", name, caution)
     with joined_ranks(config.device) as ranks, computing(config), ExitStack() as stack:
         with ranks.together("loading the generator"):
-            path = checkpoint_of(run, checkpoint)
+            path = checkpoint_of(run, checkpoint, ranks)
             asked = [VideoPrompt(v.noise, (v.text,), (), frames) for v in videos]
             backbone = load_backbone(config, asked)
             record |= {"base": backbone.weights.base_sha256, **_shape(backbone, frames)}

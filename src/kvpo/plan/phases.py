@@ -210,6 +210,11 @@ class _Run:
         return any(prompt.switches for prompt in self.rollout.prompts)
 
     @property
+    def turn(self) -> int:
+        """Groups that are explored together; their gradients are added up together, too."""
+        return groups_together(self.groups.exploration, self.groups.optim.prompts_per_update)
+
+    @property
     def kept(self) -> dict[str, float]:
         """Bytes of pages and clean latents, held from a collection to the last update on it."""
         clean = self.config.optim.rollouts_per_refresh * clean_bytes(self.groups, self.fork)
@@ -294,7 +299,8 @@ def _learning(run: _Run) -> list[Phase]:
     stored = run.kept | {"evidence": evidence, "gradients": gradients}
     replaying = {
         "answers": answer_bytes(config, run.replays),
-        "gradients of micro-batches": (split.kept(replays) - 1) * gradients,
+        "gradients to be added": (run.turn * split.kept(replays) - 1) * gradients,
+        "sum of gradients": gradients / split.adding,
         "activations": Activations(config, run.costs.context).training(replays.states),
     }
     seconds = run.rates.seconds(_replay_work(config, replays, run.costs))
@@ -320,10 +326,10 @@ def _exchanging(run: _Run) -> list[Phase]:
     across = split.ranks > split.per_node
     seconds = sent / (rates.network if across else rates.link)
     seconds += weights * (split.parts - 1) / split.parts / rates.link
-    together = min(groups_together(config.exploration, config.optim.prompts_per_update), split.ranks)
-    buckets = split.buckets(run.parameters, replays, together)
-    gradients = 4.0 * run.parameters.trained / split.parts * split.kept(replays)
-    return [Phase("exchange", run.kept | {"gradients": gradients, "buckets": buckets}, seconds)]
+    buckets = split.buckets(run.parameters, replays, run.turn)
+    one = 4.0 * run.parameters.trained / split.parts
+    gradients = {"gradients": one * run.turn * split.kept(replays), "sum of gradients": one / split.adding}
+    return [Phase("exchange", run.kept | gradients | {"buckets": buckets}, seconds)]
 
 
 def _replay_work(config: Config, replays: Replays, costs: Costs) -> Work:

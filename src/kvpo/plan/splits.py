@@ -40,6 +40,11 @@ class Sharing:
         return self.branch_ranks if self.shard else 1
 
     @property
+    def adding(self) -> int:
+        """Ranks that add up gradients, each a part of them: of sharded weights, those of different teams."""
+        return self.teams if self.shard else self.ranks
+
+    @property
     def name(self) -> str:
         """The split in words."""
         if self.ranks == 1:

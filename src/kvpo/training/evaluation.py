@@ -120,8 +120,7 @@ def evaluate_policy(
     pairs = list(zip(batches(prompts, rows), batches(others, rows) if others else repeat(None), strict=False))
     same = (backbone.weights.base_sha256, judges.identity, tape, first, backbone.given_digest)
     names = [kept.name(*same, *pair) for pair in pairs]
-    known = ranks.once("looking for kept results", lambda: [kept.read(name) for name in names])
-    own = []
+    known, own = kept.read(names), []
     with ranks.together("evaluating"):
         for pair, name, results in ranks.share(list(zip(pairs, names, known, strict=True))):
             if results is None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpo.files import make_directory, write_atomic
 from kvpo.models.tensor_files import FETCH_AGAIN, read_safetensors, storable
 from kvpo.rewards.cache import code_version
+from kvpo.training.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,23 @@ class KeptResults:
     """None: nothing is kept."""
     policy: str = ""
     """Identifies the weights."""
+    ranks: Ranks = ALONE
+    """All processes that evaluate the policy."""
 
     def name(self, *asked: object) -> str:
         """Digest of the policy, kvpo's code and what is ``asked``, which must have telling texts."""
         content = json.dumps([self.policy, code_version((".",)), *map(str, asked)])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
-    def read(self, name: str) -> dict[str, Tensor] | None:
-        """Results by name; None if there are none, or their file is damaged."""
+    def read(self, names: Sequence[str]) -> list[dict[str, Tensor] | None]:
+        """Results under each name; None where there are none, or their file is damaged.
+
+        All ranks get what the first one finds: a network file system may show a file to one machine earlier
+        than to another, and ranks that share weights must generate the same videos.
+        """
+        return self.ranks.once("looking for kept results", lambda: [self._read(name) for name in names])
+
+    def _read(self, name: str) -> dict[str, Tensor] | None:
         file = self._file(name)
         if file is None or not file.is_file():
             return None

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -142,9 +142,7 @@ class Ranks:
 
     def _tell(self, error: Exception, doing: str) -> None:
         """Report a failure to the other ranks, unless it or an error that caused it has been reported."""
-        known, one = False, error
-        while one is not None:
-            known, one = known or vars(one).get("told") == id(self), one.__cause__
+        known = id(self) in _told(error)
         vars(error)["told"] = id(self)
         if not known:
             self._exchange(_line(error), None, doing)
@@ -275,6 +273,12 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def _told(error: BaseException) -> list[int]:
+    """Ids of the ranks (`Ranks`) to which an error, or one that caused it, has been reported."""
+    own = [vars(error)["told"]] if "told" in vars(error) else []
+    return own if error.__cause__ is None else own + _told(error.__cause__)
+
+
 def added_up(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Sum the counts by name."""
     return {name: sum(own[name] for own in counts) for name in counts[0]}
@@ -318,6 +322,26 @@ def fresh_part(store: dist.Store, rank: int, count: int, patience: timedelta) ->
             missing = [other for other in missing if not store.check([f"{name}/{other}"])]
         time.sleep(POLL if missing else 0)  # in Python, so that signals are handled
     return dist.PrefixStore(name, store)
+
+
+@contextmanager
+def _rank_0_leaves_first(store: dist.Store, rank: int, patience: timedelta) -> Iterator[None]:
+    """After an error that the ranks have reported, keep the others until rank 0 has left the block.
+
+    torchrun kills all ranks soon after the first one has ended, and rank 0 may have updates to save.
+    """
+    try:
+        yield
+    except Exception as error:
+        until = time.monotonic() + patience.total_seconds()
+        with suppress(RuntimeError):  # the store may be rank 0's own
+            while rank and _told(error) and not store.check(["left"]) and time.monotonic() < until:
+                time.sleep(POLL)
+        raise
+    finally:
+        if not rank:
+            with suppress(RuntimeError):
+                store.set("left", "")
 
 
 @contextmanager
@@ -367,7 +391,7 @@ def joined_ranks(
     except RuntimeError as error:
         raise LostRank(f"the ranks of this run did not meet: {_line(error)}") from error
     try:
-        with ExitStack() as leaving:
+        with _rank_0_leaves_first(own, rank, long), ExitStack() as leaving:
             place = dist.get_rank(), dist.get_world_size()
             yield Ranks(*place, dist.group.WORLD, prompt, traces, leaving=leaving)
     finally:
