@@ -12,6 +12,7 @@ from kvpo.arena.database import VoteRefused
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Rater, Study, Vote
 from kvpo.extras import extra
+from kvpo.files import StorageError
 from kvpo.serving import add_page, is_own_page, page_headers
 
 with extra("server"):
@@ -47,6 +48,7 @@ def arena_app(study: Study) -> FastAPI:
     app = FastAPI(title="kvpo arena", openapi_url=None)
     app.middleware("http")(_guarded)
     app.add_exception_handler(RequestValidationError, _unreadable)
+    app.add_exception_handler(StorageError, _unstored)
 
     def rater(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
@@ -137,6 +139,12 @@ async def _unreadable(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])).encode("ascii", "backslashreplace").decode()[:90]
     return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+async def _unstored(request: Request, error: Exception) -> Response:
+    """Tell the rater to try again, and the operator, in one line, why the database cannot be used."""
+    logger.error("%s", error)
+    return JSONResponse({"detail": "The study cannot store anything right now. Try again in a moment."}, 503)
 
 
 async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
