@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,14 @@ def test_json_that_cannot_be_used_is_one_line(tmp_path: Path, text: str, reason:
     with pytest.raises(ValueError, match=reason) as caught:
         read_json(tmp_path / "x.json")
     assert str(caught.value).startswith(f"{tmp_path / 'x.json'}: ") and "\n" not in str(caught.value)
+
+
+def test_a_repeated_field_among_very_many_is_found_at_once() -> None:
+    fields = ",".join(f'"{n}": 0' for n in range(20_000))
+    began = time.process_time()
+    with pytest.raises(ValueError, match="'19999' is given twice"):
+        parse_json(f'{{{fields}, "19999": 1}}')
+    assert time.process_time() - began < 3, "a message of this kind must not hold up a server"
 
 
 def test_json_with_whole_characters_is_read(tmp_path: Path) -> None:

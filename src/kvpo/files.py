@@ -306,11 +306,11 @@ def refuse_halves(value: Any) -> None:
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"not JSON that can be read ({twice!r} is given twice)")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:  # may be very many, from a stranger
+        if name in fields:
+            raise ValueError(f"not JSON that can be read ({name!r} is given twice)")
+        fields[name] = value
     return fields
 
 

@@ -3,9 +3,12 @@
 import json
 import signal
 import socket
+import sqlite3
+from contextlib import closing
 
 import pytest
 
+from kvpo.arena.database import transaction
 from kvpo.arena.intake import record_ranking
 from kvpo.arena.store import Study
 from tests.arena.raters import answered, small_study
@@ -120,6 +123,30 @@ def test_a_study_that_was_closed_takes_no_votes(tmp_path):
         assert json.loads(ask(f"{url}/session", token)[1])["closed"] is True
         status, body, _ = ask(f"{url}/votes", token, {"position": 0, "answers": answered(study, ballot)})
         assert status == 409 and b"closed" in body and ask(f"{url}/undo", token, {})[0] == 409
+
+
+def test_a_database_that_cannot_be_written_is_said_in_one_line_and_nothing_is_lost(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("kvpo.arena.database.BUSY_SECONDS", 0.1)
+    study = small_study(tmp_path / "study", pairs=2)
+    token = study.invite("ann")
+    sent = {"position": 0, "answers": answered(study, study.ballots_of(study.rater_of(token))[0])}
+    other = sqlite3.connect(study.path, isolation_level=None)
+    with served(study) as url, closing(other):
+        other.execute("BEGIN IMMEDIATE")
+        status, body, _ = ask(f"{url}/votes", token, sent)
+        assert status == 503 and b"Try again" in body
+        (line,) = {record.getMessage() for record in caplog.records if record.levelname == "ERROR"}
+        assert "study.sqlite: database is locked" in line and "\n" not in line
+        other.execute("ROLLBACK")
+        assert json.loads(ask(f"{url}/votes", token, sent)[1]) == {"done": 1}
+
+
+def test_an_error_that_ends_the_transaction_is_the_one_that_is_raised(tmp_path):
+    study = small_study(tmp_path / "study")
+    with pytest.raises(sqlite3.IntegrityError, match="NOT NULL"), transaction(study.path) as db:
+        db.execute("INSERT OR ROLLBACK INTO rater (name) VALUES (NULL)")
 
 
 def kills(directory, times: int) -> None:

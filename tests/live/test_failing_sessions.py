@@ -82,4 +82,8 @@ def test_a_reader_that_does_not_read_its_events_is_cut_off():
         outbox.put({"n": n})
     assert not outbox.overrun
     outbox.put({"n": EVENTS_WAITING})
+    held = len(outbox._items)
+    for item in (b"a block", {"n": EVENTS_WAITING + 1}):  # while the writer waits for the connection
+        outbox.put(item)
+    assert len(outbox._items) == held
     assert outbox.overrun and asyncio.run(outbox.get()) is None

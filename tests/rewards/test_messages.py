@@ -11,6 +11,7 @@ import torch
 from kvpo.prompts import ClipPrompt
 from kvpo.rewards.protocol import Declaration, Sampling
 from kvpo.rewards.service.messages import (
+    LARGEST_HEADER,
     ScoreRequest,
     decode_offers,
     decode_question,
@@ -77,6 +78,12 @@ def test_a_damaged_question_is_refused(change: Any, message: str) -> None:
     assert change(body) != body
     with pytest.raises(ValueError, match=message):
         decoded(change(body))
+
+
+def test_a_header_that_would_fill_the_memory_is_not_parsed() -> None:
+    for size, message in ((LARGEST_HEADER, "not JSON"), (LARGEST_HEADER + 1, "may have 16,777,216 bytes")):
+        with pytest.raises(ValueError, match=message):
+            decoded(size.to_bytes(8, "little") + b"{" * size)
 
 
 def test_eight_bits_of_what_is_no_colour() -> None:

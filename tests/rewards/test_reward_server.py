@@ -316,6 +316,15 @@ def test_who_may_ask() -> None:
         assert connect(url, ["own"], token="swordfish", patience=QUICK)(*numbered(1))["own"].tolist() == [0]
 
 
+def test_a_page_that_is_open_in_a_browser_cannot_ask() -> None:
+    body = encoded(ScoreRequest(*map(lambda part: part[:1], numbered(1)), ("own",)))  # type: ignore[arg-type]
+    with serving(Named(number_of)) as url:
+        for origin in ("https://example.com", "null", url):  # the last: a name that was made to point here
+            answer = httpx.post(f"{url}/score", content=body, headers={"Origin": origin})
+            assert answer.status_code == 403 and "not web pages" in answer.json()["detail"]
+        assert httpx.post(f"{url}/score", content=body).status_code == 200
+
+
 def test_ten_thousand_queued_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most wait at once, the rest comes back; nothing is lost, mis-assigned or held beyond the limit."""
     video, prompts = numbered(25)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvpo.arena.study import ANSWERS
+from kvpo.files import StorageError, storage_error
 
 DATABASE = "study.sqlite"
 BUSY_SECONDS = 20
@@ -55,9 +56,13 @@ def now() -> str:
 
 @contextmanager
 def transaction(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction on a study's database, flushed to disk when the block ends without an error."""
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    """One transaction on a study's database, flushed to disk when the block ends without an error.
+
+    Raises StorageError: the disk is full or read-only, or another process keeps the database locked.
+    """
+    connection = None
     try:
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -65,11 +70,15 @@ def transaction(path: Path) -> Iterator[sqlite3.Connection]:
         try:
             yield connection
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:  # on a full disk, SQLite has taken it back already
+                connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise storage_error(path, error) from error
     finally:
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 def migrate(path: Path) -> None:
@@ -90,7 +99,7 @@ def migrate(path: Path) -> None:
                 for statement in script.split(";"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {number}")
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, StorageError) as error:
         raise ValueError(f"{path}: cannot be used as a study ({error})") from error
 
 

@@ -12,6 +12,7 @@ from kvpo.arena.database import VoteRefused
 from kvpo.arena.pairs import Ballot
 from kvpo.arena.store import Rater, Study, Vote
 from kvpo.extras import extra
+from kvpo.files import StorageError
 from kvpo.serving import add_page, is_own_page, page_headers
 
 with extra("server"):
@@ -48,6 +49,7 @@ def arena_app(study: Study) -> FastAPI:
     app.middleware("http")(_guarded)
     app.add_exception_handler(RequestValidationError, _unreadable)
     app.add_exception_handler(VoteRefused, _refused)
+    app.add_exception_handler(StorageError, _unstored)
 
     def rater(
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
@@ -136,6 +138,12 @@ async def _unreadable(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 409)
+
+
+async def _unstored(request: Request, error: Exception) -> Response:
+    """Tell the rater to try again, and the operator, in one line, why the database cannot be used."""
+    logger.error("%s", error)
+    return JSONResponse({"detail": "The study cannot store anything right now. Try again in a moment."}, 503)
 
 
 async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

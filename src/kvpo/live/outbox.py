@@ -21,7 +21,9 @@ class Outbox:
         self.overrun = False
 
     def put(self, item: dict[str, Any] | bytes) -> None:
-        """Add an item; never waits."""
+        """Add an item; never waits. After an overrun, nothing is added: the writer may be stuck for long."""
+        if self.overrun:
+            return
         waiting = [other for other in self._items if isinstance(other, type(item))]
         if isinstance(item, dict) and len(waiting) >= EVENTS_WAITING:
             self.overrun = True

@@ -25,6 +25,8 @@ PIXEL_TYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", 
 """Precisions of pixels, and what safetensors calls them."""
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian integer of this many bytes."""
+LARGEST_HEADER = 16 * 2**20
+"""Most bytes of a question's header; as Python objects, JSON takes up to thirty times its size in memory."""
 
 
 Offers = Mapping[str, tuple[Declaration, ...]]
@@ -135,6 +137,8 @@ def decode_question(body: memoryview) -> ScoreRequest:
     """
     try:
         start = LENGTH_BYTES + int.from_bytes(body[:LENGTH_BYTES], "little")
+        if start - LENGTH_BYTES > LARGEST_HEADER:
+            raise ValueError(f"its header may have {LARGEST_HEADER:,} bytes, got {start - LENGTH_BYTES:,}")
         header = parse_json(bytes(body[LENGTH_BYTES:start]).decode())
         metadata = header.pop("__metadata__")
         prompts = tuple(ClipPrompt(*_prompt(item)) for item in parse_json(metadata["prompts"]))

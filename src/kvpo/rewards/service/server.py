@@ -154,8 +154,11 @@ def reward_app(
         service.queue.close()
 
     def authorised(
+        request: Request,
         shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> None:
+        if "origin" in request.headers:  # browsers send it; without a token, any page could post clips
+            raise HTTPException(403, "this server answers programs, not web pages")
         if not admitted("" if shown is None else shown.credentials, token):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
