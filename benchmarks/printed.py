@@ -140,13 +140,18 @@ def drift(numbers: Mapping[str, Any]) -> str:
     return table(("measure", "base, first", "base, last", "aligned, first", "aligned, last"), rows)
 
 
+def chance_of(p: float | None) -> str:
+    """A p to three digits, empty for None."""
+    return "" if p is None else "< 0.001" if p < 5e-4 else f"{p:.3f}"
+
+
 def methods(numbers: Mapping[str, Any]) -> str:
     """Gains of arms under one budget, as a share of the best-of-8 gain too, and floor lines."""
     names, rows = list(numbers["prompts"]), []
     for arm, found in numbers["methods"].items():
         sets = [found[name] for name in names]
         gains = [spread(own["gains"], 3) for own in sets]
-        against = ["" if own["p_against_kvpo"] is None else f"{own['p_against_kvpo']:.3f}" for own in sets]
+        against = [chance_of(own["p_against_kvpo"]) for own in sets]
         unseen = " / ".join(f"{fmean(own['unseen']):+.3f}" for own in sets)
         shares = [own.get("gap_closed") for own in sets[:2]]
         closed = "" if None in shares else " / ".join(f"{share:.0%}" for share in shares)
