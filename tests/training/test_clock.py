@@ -86,7 +86,7 @@ def test_the_report_has_a_line_for_every_phase() -> None:
     page = phases(record_of(updates=[entry, entry, {}]))
     assert "Rollout" in page and "<td>2</td><td>3</td><td>3</td>" in page
     assert "2 ranks, 0.125 of their time" in page and "7 samples" in page
-    assert "No update has said" in phases(record_of(updates=[{}]))
+    assert "No update has recorded" in phases(record_of(updates=[{}]))
 
 
 class Package(ModuleType):
