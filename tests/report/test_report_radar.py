@@ -58,7 +58,7 @@ def test_no_alarm_on_few_prompts_is_no_tick(run):
     assert "No alarm, which means little on 4 prompts, fewer than 16." in section()
     assert 'class="verdict neutral"' in section()
     edit_metrics(run, lambda line: line["kind"] == "validation" and line["long"].update(prompts=14))
-    assert 'class="verdict good"' in section() and "says little" not in section()
+    assert 'class="verdict good"' in section() and "means little" not in section()
 
 
 def test_the_radar_of_a_run_without_its_summary_says_that_it_stops(run):
